@@ -1,0 +1,54 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+
+PYTHON   ?= python3
+VENV     ?= .venv
+# More arguments for pip, such as PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu" for a small CPU-only torch.
+PIP_ARGS ?=
+# Hydra overrides for the experiment a target runs, such as ARGS="updates=10 seed=1".
+ARGS     ?=
+
+BIN      := $(VENV)/bin
+PIP      := $(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
+SOURCES  := envs policies rewards algorithms data tracking metrics runtime experiments
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint bench learn tiny clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e '.[wandb]'
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) -e '.[wandb,dev]'
+	@touch $@
+
+venv: $(VENV)/.installed-dev  ## make .venv and install everything a developer needs
+
+demo: $(VENV)/.installed  ## install, then improve the embedded model with GRPO and report the gain
+	$(BIN)/python experiments/grpo.py reward=motion+aesthetic $(ARGS)
+
+test: $(VENV)/.installed-dev  ## install, then run the tests
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/.installed-dev  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/mypy $(wildcard $(SOURCES))
+
+bench: $(VENV)/.installed  ## seconds per phase of an iteration, and the speed of rollout and re-scoring
+	$(BIN)/python -m benchmarks $(ARGS)
+
+learn: $(VENV)/.installed  ## the learning result of the README: 3 seeds and the controls (long; goes on where it stopped)
+	$(BIN)/python experiments/learn.py $(ARGS)
+
+tiny: $(VENV)/.installed  ## train the embedded models of assets/tiny again (long)
+	$(BIN)/python experiments/tiny.py $(ARGS)
+
+clean:  ## remove caches and the virtual environment; runs in outputs/ stay
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""How to learn: pure losses, advantages, and the algorithms made of them."""

@@ -1,0 +1,227 @@
+"""The short route to the embedded student: causal flow matching, then adaptation to few steps.
+
+Both stages teach one frame given the *true* frames before it (teacher forcing): the student has never seen its own
+mistakes, which is the headroom that reinforcement learning is about. The paper's own route (bidirectional teacher,
+Self-Rollout) is another experiment.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from algorithms.pretraining.loop import Fit, optimise
+from data.draws import Stream, generator, seed_of
+from data.pool import ClipPool
+from envs.control import assemble_condition, heatmap
+from policies.causal_dit import CausalWanTransformer3DModel
+from policies.causality import Causality
+from policies.codecs import TextCodec, VideoCodec
+from policies.ema import EMA
+
+if TYPE_CHECKING:
+    from data.clip import World
+
+
+@dataclass(frozen=True)
+class FlowStage:
+    """Settings of causal flow matching (AR-Drag Eq. 7 with a causal mask).
+
+    Attributes:
+        seed: seed of the weights and of the data order.
+        dim: width of the transformer.
+        heads: attention heads.
+        layers: transformer blocks.
+        ffn: width of the feed-forward layers.
+        steps: optimizer steps.
+        batch: clips per step.
+        lr: peak learning rate.
+        shift: noise levels are shift u / (1 + (shift - 1) u) for uniform u.
+        text_dropout: share of clips trained without their prompt.
+        pool: training clips per bucket.
+        ema: decay of the averaged weights.
+    """
+
+    seed: int = 0
+    dim: int = 128
+    heads: int = 4
+    layers: int = 4
+    ffn: int = 384
+    steps: int = 4000
+    batch: int = 32
+    lr: float = 1e-3
+    shift: float = 3.0
+    text_dropout: float = 0.1
+    pool: int = 2048
+    ema: float = 0.995
+
+
+@dataclass(frozen=True)
+class FewStepStage:
+    """Settings of the adaptation to few steps: regression on the flow model's ODE end points (CausVid's initialisation).
+
+    Attributes:
+        seed: seed of the data order.
+        sigmas: the student's noise levels.
+        substeps: Euler steps of the flow model between two of them.
+        steps: optimizer steps.
+        batch: clips per step.
+        lr: peak learning rate.
+        ema: decay of the averaged weights.
+    """
+
+    seed: int = 0
+    sigmas: list[float] = field(default_factory=lambda: [1.0, 0.755, 0.522, 0.0])
+    substeps: int = 4
+    steps: int = 600
+    batch: int = 32
+    lr: float = 2e-4
+    ema: float = 0.99
+
+
+@dataclass(frozen=True)
+class LatentPool:
+    """Encoded training clips of one bucket: `latents, control [n, M, C, h, w]`, `text [n, L, D]`."""
+
+    latents: Tensor
+    control: Tensor
+    text: Tensor
+
+    def sample(self, rng_key: tuple[int, ...], count: int, text_dropout: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw `count` clips: latents, condition `[B, M, Cc, h, w]` and text."""
+        rng = generator(Stream.TRAINING, *rng_key)
+        rows = torch.from_numpy(rng.choice(len(self.latents), count, replace=False))
+        latents, control, text = self.latents[rows], self.control[rows], self.text[rows]
+        noise = torch.from_numpy(rng.standard_normal(tuple(latents.shape), dtype="float32"))
+        keep = torch.from_numpy(rng.uniform(size=count) >= text_dropout).float()
+        return latents, assemble_condition(latents[:, 0], control, noise), text * keep[:, None, None]
+
+
+def encode_pool(
+    world: World, video: VideoCodec, text: TextCodec, bucket: tuple[int, int], count: int, first: int = 0
+) -> LatentPool:
+    """Render and encode training clips `first .. first + count - 1` of one bucket."""
+    latents, control, embeds = [], [], []
+    size = world.size("train")
+    for start in range(first, first + count, 64):
+        indices = [i if size is None else i % size for i in range(start, min(start + 64, first + count))]
+        clips = ClipPool(world, bucket, indices).batch(range(len(indices)))
+        latents.append(video.encode(clips.video))
+        control.append(video.encode(heatmap(clips.trajectory, video.stride)))
+        embeds.append(text.encode(clips.prompts))
+    return LatentPool(torch.cat(latents), torch.cat(control), torch.cat(embeds))
+
+
+def build_transformer(stage: FlowStage, channels: int, text_dim: int) -> CausalWanTransformer3DModel:
+    """A freshly initialised tiny transformer for `channels` latent channels."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed_of(Stream.TRAINING, stage.seed))
+        return CausalWanTransformer3DModel(
+            patch_size=(1, 2, 2),
+            num_attention_heads=stage.heads,
+            attention_head_dim=stage.dim // stage.heads,
+            in_channels=channels + 4 + 2 * channels,
+            out_channels=channels,
+            text_dim=text_dim,
+            freq_dim=64,
+            ffn_dim=stage.ffn,
+            num_layers=stage.layers,
+            rope_max_seq_len=256,
+        )
+
+
+def flow_matching_loss(velocity: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
+    """Mean squared error of the velocity against `eps - x0` (AR-Drag Eq. 7); all `[B, M, C, h, w]`."""
+    return (velocity - (eps - x0)).square().mean()
+
+
+def noised(x0: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
+    """`(1 - sigma) x0 + sigma eps` with `sigma [B, M]`."""
+    level = sigma[..., None, None, None]
+    return (1 - level) * x0 + level * eps
+
+
+def predict(
+    model: CausalWanTransformer3DModel, clean: Tensor, noisy: Tensor, sigma: Tensor, condition: Tensor, text: Tensor
+) -> Tensor:
+    """Velocity of noisy frames given true history: the parallel pass with the condition on the channels."""
+    return model.parallel(
+        torch.cat([clean, condition], 2), torch.cat([noisy, condition], 2), sigma, text, causality=Causality(history_gradient=True)
+    )
+
+
+def train_flow(
+    pools: list[LatentPool], stage: FlowStage, model: CausalWanTransformer3DModel, report: Callable[[str], None] = print
+) -> CausalWanTransformer3DModel:
+    """Causal flow matching with an independent noise level for every frame; returns the averaged weights."""
+    ema = EMA(model, stage.ema)
+
+    def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
+        pool = pools[step % len(pools)]
+        x0, condition, text = pool.sample((stage.seed, 2, step), stage.batch, stage.text_dropout)
+        noise = torch.Generator().manual_seed(seed_of(Stream.TRAINING, stage.seed, 3, step))
+        u = torch.rand(x0.shape[:2], generator=noise)
+        sigma = stage.shift * u / (1 + (stage.shift - 1) * u)
+        eps = torch.randn(x0.shape, generator=noise)
+        velocity = predict(model, x0, noised(x0, eps, sigma), sigma, condition, text)
+        return flow_matching_loss(velocity, x0, eps), {}
+
+    optimise(model.parameters(), Fit(stage.steps, stage.lr), loss_of, "flow", report, lambda: ema.update(model))
+    return _averaged(model, ema)
+
+
+@torch.no_grad()
+def ode_trajectory(
+    model: CausalWanTransformer3DModel, x0: Tensor, eps: Tensor, condition: Tensor, text: Tensor, sigmas: list[float], substeps: int
+) -> tuple[Tensor, Tensor]:
+    """Integrate from noise with true history; return the states at `sigmas[:-1]`, `[S, B, M, ...]`, and the end."""
+    states, x = [], eps
+    for high, low in zip(sigmas[:-1], sigmas[1:], strict=True):
+        states.append(x)
+        levels = torch.linspace(high, low, substeps + 1).tolist()
+        for sigma, after in zip(levels[:-1], levels[1:], strict=True):
+            level = x0.new_full(x0.shape[:2], sigma)
+            x = x + (after - sigma) * predict(model, x0, x, level, condition, text)
+    return torch.stack(states), x
+
+
+def train_few_step(
+    pools: list[LatentPool], stage: FewStepStage, teacher: CausalWanTransformer3DModel, report: Callable[[str], None] = print
+) -> CausalWanTransformer3DModel:
+    """Regress the student's clean prediction at each of its noise levels on the end of the teacher's ODE."""
+    student = copy.deepcopy(teacher)
+    teacher.requires_grad_(False)
+    ema = EMA(student, stage.ema)
+    table = torch.tensor(stage.sigmas[:-1])
+
+    def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
+        x0, condition, text = pools[step % len(pools)].sample((stage.seed, 4, step), stage.batch)
+        noise = torch.Generator().manual_seed(seed_of(Stream.TRAINING, stage.seed, 5, step))
+        eps = torch.randn(x0.shape, generator=noise)
+        states, end = ode_trajectory(teacher, x0, eps, condition, text, stage.sigmas, stage.substeps)
+        choice = torch.randint(len(table), x0.shape[:2], generator=noise)
+        x = torch.gather(states, 0, choice[None, ..., None, None, None].expand(1, *x0.shape))[0]
+        sigma = table[choice]
+        level = sigma[..., None, None, None]
+        clean = x - level * predict(student, x0, x, sigma, condition, text)
+        return (clean - end).square().mean(), {"to_data": (clean.detach() - x0).square().mean().item()}
+
+    optimise(student.parameters(), Fit(stage.steps, stage.lr), loss_of, "few-step", report, lambda: ema.update(student))
+    return _averaged(student, ema)
+
+
+def _averaged(model: CausalWanTransformer3DModel, ema: EMA) -> CausalWanTransformer3DModel:
+    result = copy.deepcopy(model)
+    ema.copy_to(result)
+    return result
+
+
+def save_transformer(model: CausalWanTransformer3DModel, out: Path) -> None:
+    """Save a diffusers folder (safetensors)."""
+    model.save_pretrained(out)

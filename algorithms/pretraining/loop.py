@@ -1,0 +1,70 @@
+"""The one optimisation loop of the supervised stages."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a supervised stage is optimised.
+
+    Attributes:
+        steps: optimizer steps.
+        lr: peak learning rate: linear warm-up over 100 steps, then cosine to 2 %.
+        betas: AdamW's.
+        weight_decay: AdamW's.
+        clip: largest gradient norm.
+    """
+
+    steps: int
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 1e-3
+    clip: float = 1.0
+
+
+def learning_rate(fit: Fit, step: int) -> float:
+    """Learning rate of a step (0-based)."""
+    return fit.lr * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * math.cos(0.5 * math.pi * step / fit.steps) ** 2)
+
+
+def optimise(
+    parameters: Iterable[nn.Parameter],
+    fit: Fit,
+    loss_of: Callable[[int], tuple[Tensor, dict[str, float]]],
+    name: str,
+    report: Callable[[str], None],
+    after: Callable[[], None] | None = None,
+) -> None:
+    """Minimise `loss_of(step)` with AdamW; report every 100 steps.
+
+    Args:
+        loss_of: gives the loss of a step and what to report beside it.
+        after: called after every step (an EMA, say).
+    """
+    import torch
+
+    weights = list(parameters)
+    optimizer = torch.optim.AdamW(weights, lr=fit.lr, betas=fit.betas, weight_decay=fit.weight_decay)
+    started = time.perf_counter()
+    for step in range(fit.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(fit, step)
+        loss, extra = loss_of(step)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, fit.clip)
+        optimizer.step()
+        if after is not None:
+            after()
+        if step % 100 == 0 or step == fit.steps - 1:
+            values = " ".join(f"{k} {v:.4f}" for k, v in {"loss": loss.item(), **extra}.items())
+            report(f"{name} {step}/{fit.steps} {values} {time.perf_counter() - started:.0f}s")

@@ -1,0 +1,1 @@
+"""How good a set of videos is: distances between sets, motion error, smoothness."""

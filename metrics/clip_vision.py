@@ -1,0 +1,73 @@
+"""CLIP image embeddings of video frames, from a local folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+# CLIP's own normalisation, used where the folder has no preprocessor_config.json.
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class ClipVision(nn.Module):
+    """A frozen `CLIPVisionModelWithProjection` with its preprocessing.
+
+    Args:
+        folder: holds config.json and model.safetensors, as transformers writes them, and optionally
+            preprocessor_config.json.
+
+    Raises:
+        FileNotFoundError: the folder holds no model.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        from transformers import CLIPVisionModelWithProjection
+
+        for name in ("config.json", "model.safetensors"):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(
+                    f"{folder} holds no {name}; expected a CLIP vision model with projection"
+                )
+        self.model = CLIPVisionModelWithProjection.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True
+        )
+        self.model.eval().requires_grad_(False)
+        self.size: int = self.model.config.image_size
+        extra = folder / "preprocessor_config.json"
+        settings = json.loads(extra.read_text()) if extra.is_file() else {}
+        self.register_buffer("mean", torch.tensor(settings.get("image_mean", MEAN))[:, None, None])
+        self.register_buffer("std", torch.tensor(settings.get("image_std", STD))[:, None, None])
+
+    @property
+    def width(self) -> int:
+        """Dimensions of an embedding."""
+        return int(self.model.config.projection_dim)
+
+    @torch.no_grad()
+    def forward(self, frames: Tensor, batch: int = 256) -> Tensor:
+        """Embed `frames [n, 3, H, W]` in [-1, 1]: `[n, D]` float32, not normalised."""
+        parts = [
+            self.model(pixel_values=self.pixels(part)).image_embeds.float() for part in frames.split(batch)
+        ]
+        return torch.cat(parts) if parts else frames.new_zeros(0, self.width)
+
+    def pixels(self, frames: Tensor) -> Tensor:
+        """CLIP's preprocessing: short edge to the model's size, centre crop, normalise."""
+        height, width = frames.shape[-2:]
+        scale = self.size / min(height, width)
+        size = (max(self.size, round(height * scale)), max(self.size, round(width * scale)))
+        unit = ((frames.float().to(self.mean.device) + 1) / 2).clamp(0, 1)
+        if size != (height, width):
+            unit = interpolate(unit, size=size, mode="bicubic", antialias=True).clamp(0, 1)
+        top, left = (size[0] - self.size) // 2, (size[1] - self.size) // 2
+        crop = unit[..., top : top + self.size, left : left + self.size]
+        return ((crop - self.mean) / self.std).to(self.model.dtype)

@@ -1,0 +1,63 @@
+"""How far tracked points are from where they were asked to be, in pixels."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tracking.trackers import Tracks
+    from tracking.trajectory import Trajectory
+
+
+def endpoint_error(asked: Trajectory, found: Tracks) -> Tensor:
+    """Distance `[B, K, T]` in pixels between asked and tracked positions."""
+    return (found.xy - asked.xy).norm(dim=-1)
+
+
+def counted(asked: Trajectory, found: Tracks | None = None, reference: Tensor | None = None) -> Tensor:
+    """Positions `[B, K, T]` bool that a mean takes in: asked for, of a track there in frame 0, not frame 0.
+
+    `found` leaves out what the tracker did not see; `reference [B, K, T]` (a true clip's `visible`) what
+    cannot be seen even there. A mean over what was seen must stand beside the share that was seen, or
+    losing points looks like a gain.
+    """
+    counts = asked.presence & asked.presence[..., :1]
+    counts = counts.index_fill(-1, counts.new_zeros(1).long(), False)
+    if found is not None:
+        counts = counts & found.visible
+    return counts if reference is None else counts & reference
+
+
+def per_clip(value: Tensor, counts: Tensor) -> Tensor:
+    """Mean of `value [B, K, T]` over what `counts`, per clip: `[B]`, NaN where nothing does."""
+    weight = counts.to(value.dtype)
+    return value.where(counts, 0).sum((1, 2)) / weight.sum((1, 2))
+
+
+def motion_metrics(asked: Trajectory, found: Tracks, reference: Tensor | None = None) -> dict[str, float]:
+    """Motion of `B` videos against what was asked for.
+
+    Returns, pooled over all counted positions unless said otherwise: `motion_error_px`, every asked
+    position, lost points where the tracker guesses them (ObjMC is this mean); `motion_error_px_visible`,
+    only what the tracker saw; `motion_error_px_median`; `motion_error_px_clip`, the mean of the clips'
+    means; `motion_visible`, the share seen. NaN where nothing counts.
+    """
+    error, every, seen = (
+        endpoint_error(asked, found),
+        counted(asked, None, reference),
+        counted(asked, found, reference),
+    )
+    clips = per_clip(error, every)
+    return {
+        "motion_error_px": _mean(error[every]),
+        "motion_error_px_visible": _mean(error[seen]),
+        "motion_error_px_median": float(error[every].median()) if bool(every.any()) else float("nan"),
+        "motion_error_px_clip": _mean(clips[clips.isfinite()]),
+        "motion_visible": _mean(found.visible[every].float()),
+    }
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.mean()) if values.numel() else float("nan")

@@ -1,0 +1,1 @@
+"""Who acts: the causal transformer, its caches, the TensorDict policy and what adapts it."""

@@ -1,0 +1,110 @@
+"""What of the network trains, and the frozen policy that it is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from data.draws import Stream, seed_of
+
+if TYPE_CHECKING:
+    from tensordict import TensorDict, TensorDictBase
+    from torch import nn
+
+    from policies.actor import Actor
+
+KINDS = ("full", "lora")
+ADAPTER = "policy"
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """Which weights train: all of them, or low-rank adapters (LoRA, through peft) beside frozen ones.
+
+    Attributes:
+        kind: `full` or `lora`.
+        rank: rank of the adapters.
+        alpha: the adapters' output is scaled by alpha / rank.
+        targets: names (or their ends) of the linear layers that get an adapter.
+    """
+
+    kind: str = "full"
+    rank: int = 16
+    alpha: float = 16.0
+    targets: list[str] = field(
+        default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
+    )
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"adaptation.kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        if self.rank < 1:
+            raise ValueError(f"adaptation.rank must be at least 1, got {self.rank}")
+        if not self.alpha > 0:
+            raise ValueError(f"adaptation.alpha must be positive, got {self.alpha}")
+        if not self.targets:
+            raise ValueError("adaptation.targets is empty; name the layers to adapt, such as to_q")
+
+    def apply(self, transformer: Any, seed: int = 0) -> None:
+        """Choose the trainable parameters of a diffusers model, in place; adapters start as the identity.
+
+        Raises:
+            ValueError: no layer of the model has one of the names in `targets`.
+        """
+        if self.kind == "full":
+            transformer.requires_grad_(True)
+            return
+        import torch
+        from peft import LoraConfig
+
+        missing = [t for t in self.targets if not any(n.endswith(t) for n, _ in transformer.named_modules())]
+        if missing:
+            raise ValueError(f"adaptation.targets names no layer of the model: {', '.join(missing)}")
+        transformer.requires_grad_(False)
+        # peft draws its initial weights from the global generator.
+        with torch.random.fork_rng():
+            torch.manual_seed(seed_of(Stream.TRAINING, seed))
+            config = LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=self.targets)
+            transformer.add_adapter(config, adapter_name=ADAPTER)
+
+
+class ReferencePolicy:
+    """The policy as it was before training, for a KL term.
+
+    With adapters it is the same network with the adapters switched off; otherwise a frozen copy, so make it
+    before the first update and before a checkpoint is loaded.
+
+    Args:
+        actor: the policy; its `transformer` must not be wrapped yet.
+        adaptation: how the policy trains.
+    """
+
+    def __init__(self, actor: Actor, adaptation: Adaptation) -> None:
+        self._actor = actor
+        self._shares = adaptation.kind == "lora"
+        self._network: Any = actor.transformer
+        if not self._shares:
+            self._network = deepcopy(actor.transformer).requires_grad_(False).eval()
+
+    def evaluate(self, rollout: TensorDictBase) -> TensorDict:
+        """Score a rollout without gradient; returns as `policies.actor.evaluate`."""
+        import torch
+
+        from policies.actor import evaluate
+
+        with torch.no_grad(), self._frozen() as network:
+            return evaluate(network, self._actor.transition, self._actor.causality, rollout)
+
+    @contextmanager
+    def _frozen(self) -> Iterator[nn.Module]:
+        if not self._shares:
+            yield self._network
+            return
+        self._network.disable_adapters()
+        try:
+            yield self._network
+        finally:
+            self._network.enable_adapters()

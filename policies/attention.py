@@ -1,0 +1,219 @@
+"""Attention over frames: masks from one predicate, and the processors that put them into diffusers' blocks.
+
+diffusers' block hands `rotary_emb` and `encoder_hidden_states` to its attention processors unread. Our
+processors take richer objects at these places, so the block itself, its parameters and its hooks stay
+diffusers' own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache, lru_cache
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from policies.causality import Causality
+from policies.positions import rotate
+
+Frames = tuple[tuple[int, int], ...]
+"""The (segment, frame index) of each frame of a sequence."""
+Mask = Tensor | BlockMask | None
+
+
+def frames_of(segment: int, indices: Sequence[int]) -> Frames:
+    """Pair frame indices with their segment."""
+    return tuple((segment, index) for index in indices)
+
+
+def _ids(frames: Frames, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    pairs = torch.tensor(frames, device=device).repeat_interleave(tokens, dim=0)
+    return pairs[:, 0], pairs[:, 1]
+
+
+def dense_mask(
+    causality: Causality, queries: Frames, keys: Frames, tokens: int, device: torch.device
+) -> Tensor:
+    """Evaluate the predicate for every pair of tokens: bool `[queries * tokens, keys * tokens]`."""
+    query_segment, query_frame = _ids(queries, tokens, device)
+    key_segment, key_frame = _ids(keys, tokens, device)
+    return causality.visible(query_segment[:, None], query_frame[:, None], key_segment, key_frame)
+
+
+def block_mask(
+    causality: Causality, queries: Frames, keys: Frames, tokens: int, device: torch.device
+) -> BlockMask:
+    """Build FlexAttention's sparse mask from the same predicate."""
+    query_segment, query_frame = _ids(queries, tokens, device)
+    key_segment, key_frame = _ids(keys, tokens, device)
+
+    def predicate(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return causality.visible(query_segment[query], query_frame[query], key_segment[key], key_frame[key])
+
+    return create_block_mask(predicate, None, None, len(queries) * tokens, len(keys) * tokens, device=device)
+
+
+@lru_cache(maxsize=64)
+def attention_mask(
+    causality: Causality, queries: Frames, keys: Frames, tokens: int, device: torch.device
+) -> Mask:
+    """Return the mask between two sequences of frames: None where everything is visible, sparse on CUDA."""
+    if all(causality.visible(*query, *key) for query in queries for key in keys):
+        return None
+    build = block_mask if device.type == "cuda" else dense_mask
+    with torch.inference_mode(False):  # it is kept, and a later backward may need it
+        return build(causality, queries, keys, tokens, device)
+
+
+@cache
+def _compiled_flex_attention() -> Any:
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask = None) -> Tensor:
+    """Attend `[B, heads, L, d]` under an optional mask, through SDPA or, for sparse masks, FlexAttention."""
+    if isinstance(mask, BlockMask):
+        return _compiled_flex_attention()(query, key, value, block_mask=mask)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+
+class Attention(Protocol):
+    """How one layer attends."""
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Map `[B, heads, L, d]` of the layer's own tokens to `[B, heads, L, d]`."""
+        ...
+
+
+@dataclass
+class PrefixAttention:
+    """Attend to [given keys | own keys] under a mask; keeps the own keys and values for whoever follows.
+
+    Attributes:
+        mask: see `attend`.
+        prefix: keys and values of earlier tokens `[B, heads, P, d]`, or None.
+        own: keys and values of the last call.
+    """
+
+    mask: Mask = None
+    prefix: tuple[Tensor, Tensor] | None = None
+    own: tuple[Tensor, Tensor] | None = field(default=None, init=False)
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attend; see the class."""
+        self.own = (key, value)
+        if self.prefix is not None:
+            key = torch.cat([self.prefix[0], key], dim=2)
+            value = torch.cat([self.prefix[1], value], dim=2)
+        return attend(query, key, value, self.mask)
+
+
+@dataclass
+class FrameAttention:
+    """What a block's self-attention gets in place of rotary embeddings.
+
+    Attributes:
+        batch: samples B; the block's batch dimension is B times the groups that share a noise level.
+        rotations: see `positions.absolute`.
+        attention: the layer's way to attend.
+    """
+
+    batch: int
+    rotations: Tensor
+    attention: Attention
+
+
+@dataclass
+class Context:
+    """What a block's cross-attention gets in place of encoder states.
+
+    Attributes:
+        batch: samples B.
+        text: `[B, L, dim]`.
+        image: `[B, I, dim]` or None.
+        memory: keys and values of this layer, kept between calls where the text stays the same (no gradient).
+    """
+
+    batch: int
+    text: Tensor
+    image: Tensor | None = None
+    memory: dict[str, tuple[Tensor, Tensor]] | None = None
+
+
+def _heads(attn: WanAttention, x: Tensor) -> Tensor:
+    return x.unflatten(-1, (attn.heads, -1))
+
+
+class FrameSelfAttentionProcessor(WanAttnProcessor):
+    """Self-attention over a whole sample, whose groups of one noise level lie on the batch dimension."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        attn: WanAttention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: FrameAttention | tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Attend under a `FrameAttention`; anything else goes to diffusers' processor."""
+        if not isinstance(rotary_emb, FrameAttention):
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+        x = hidden_states.reshape(rotary_emb.batch, -1, hidden_states.shape[-1])
+        value = _heads(attn, attn.to_v(x)).transpose(1, 2)
+        query = (
+            rotate(_heads(attn, attn.norm_q(attn.to_q(x))), rotary_emb.rotations)
+            .transpose(1, 2)
+            .type_as(value)
+        )
+        key = (
+            rotate(_heads(attn, attn.norm_k(attn.to_k(x))), rotary_emb.rotations)
+            .transpose(1, 2)
+            .type_as(value)
+        )
+        out = rotary_emb.attention(query, key, value).transpose(1, 2).flatten(2)
+        return attn.to_out[1](attn.to_out[0](out)).view_as(hidden_states)
+
+
+class ContextAttentionProcessor(WanAttnProcessor):
+    """Cross-attention to text of any length and, where there are any, image tokens."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        attn: WanAttention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Context | Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Attend to a `Context`; anything else goes to diffusers' processor."""
+        if not isinstance(encoder_hidden_states, Context):
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+        context = encoder_hidden_states
+        x = hidden_states.reshape(context.batch, -1, hidden_states.shape[-1])
+        query = _heads(attn, attn.norm_q(attn.to_q(x))).transpose(1, 2)
+        pairs = _context_pairs(attn, context)
+        outs = [attend(query.type_as(value), key.type_as(value), value) for key, value in pairs.values()]
+        out = sum(outs[1:], outs[0]).transpose(1, 2).flatten(2)
+        return attn.to_out[1](attn.to_out[0](out)).view_as(hidden_states)
+
+
+def _context_pairs(attn: WanAttention, context: Context) -> dict[str, tuple[Tensor, Tensor]]:
+    """Keys and values `[B, heads, L, d]` of text and image, from memory where it may be used."""
+    remember = context.memory is not None and not torch.is_grad_enabled()
+    if remember and context.memory:
+        return context.memory
+    key = _heads(attn, attn.norm_k(attn.to_k(context.text)))
+    value = _heads(attn, attn.to_v(context.text))
+    pairs = {"text": (key.transpose(1, 2), value.transpose(1, 2))}
+    if context.image is not None:
+        key = _heads(attn, attn.norm_added_k(attn.add_k_proj(context.image)))
+        value = _heads(attn, attn.add_v_proj(context.image))
+        pairs["image"] = (key.transpose(1, 2), value.transpose(1, 2))
+    if remember and context.memory is not None:
+        context.memory.update(pairs)
+    return pairs

@@ -1,0 +1,1 @@
+"""What is good: one class per reward, and the weighted sum."""

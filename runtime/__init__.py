@@ -1,0 +1,1 @@
+"""What every experiment shares: configuration, checkpoints, logging, progress, signals."""

@@ -1,0 +1,36 @@
+"""What makes two runs the same run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# Keys that say where and how long a run goes, not what it computes: a resumed run may change them.
+VOLATILE = ("run_dir", "resume", "updates", "saving", "evaluation.every", "logger", "device")
+
+
+def identity(config: dict[str, Any]) -> dict[str, Any]:
+    """Return `config` flattened to dotted keys, without the volatile ones: two runs with one identity
+    compute the same."""
+    flat = flatten(config)
+    return {k: v for k, v in flat.items() if not any(k == v or k.startswith(f"{v}.") for v in VOLATILE)}
+
+
+def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings as one mapping with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Return `key: old -> new` for every key in which two flat mappings differ, sorted by key."""
+    absent = "(absent)"
+    return [
+        f"{k}: {old.get(k, absent)} -> {new.get(k, absent)}"
+        for k in sorted(old.keys() | new.keys())
+        if old.get(k, absent) != new.get(k, absent)
+    ]

@@ -1,0 +1,46 @@
+"""Where the networks of a run come from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A folder in diffusers' layout: `transformer/`, `vae/`, `text_encoder/`, `tokenizer/`, each a config
+    and safetensors.
+
+    Attributes:
+        path: the folder; relative paths are tried from the working directory, then from this repository.
+        control: how a dragged path is drawn before the VAE encodes it: `presence` keeps "no force" and "not
+            asked" apart, `grayscale` is the paper's single plane.
+    """
+
+    path: str
+    control: str = "presence"
+
+    def __post_init__(self) -> None:
+        if self.control not in ("presence", "grayscale"):
+            raise ValueError(f"model.control must be presence or grayscale, got {self.control!r}")
+
+    @property
+    def folder(self) -> Path:
+        """The folder, absolute."""
+        here = Path(self.path).expanduser()
+        return (here if here.exists() else ROOT / here).resolve()
+
+    def check(self) -> None:
+        """Look whether the networks are there, without loading them.
+
+        Raises:
+            FileNotFoundError: a part is missing.
+        """
+        for part in ("transformer", "vae"):
+            if not (self.folder / part / "config.json").is_file():
+                raise FileNotFoundError(
+                    f"model.path={self.path}: {self.folder / part} has no "
+                    f"config.json; train it with `make tiny`"
+                )

@@ -1,0 +1,113 @@
+"""What a person sees while a run goes on: one bar on a terminal, one line per update elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from types import TracebackType
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
+from rich.text import Text
+
+TERMS = "reward_terms/"
+
+
+class Progress:
+    """Progress over `total` updates of which `done` are done already (a resumed run).
+
+    Shows `reward`, its terms (`reward_terms/<name>`), pixel errors (`...error_px`), `kl`, `clip_fraction`,
+    seconds per phase and the time left. Use as a context manager.
+    """
+
+    def __init__(self, total: int, done: int = 0, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+        self.total, self.done, self._start = total, done, done
+        self._began = time.monotonic()
+        self._first = True
+        self._bar = Bar(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
+            console=self.console,
+        )
+        self._task = self._bar.add_task("updates", total=total, completed=done, left="")
+        self._text = Text("")
+        self._live = (
+            Live(Group(self._bar, self._text), console=self.console, refresh_per_second=4)
+            if self.console.is_terminal
+            else None
+        )
+
+    def __enter__(self) -> Progress:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def rollout_step(self, frame: int, frames: int) -> None:
+        """Report that frame `frame` (from 0) of `frames` is being generated; the very first report is a
+        line of its own."""
+        if self._first:
+            self._first = False
+            self.note(f"first rollout step after {time.monotonic() - self._began:.1f} s")
+        if self._live is not None:
+            self._bar.update(self._task, description=f"rollout {frame + 1}/{frames}")
+
+    def phase(self, name: str) -> None:
+        """Show what is being done between updates."""
+        if self._live is not None:
+            self._bar.update(self._task, description=name)
+
+    def update(self, step: int, metrics: Mapping[str, float], seconds: Mapping[str, float]) -> None:
+        """Show that update `step` (from 1) is done, with its metrics and seconds per phase."""
+        self.done = step
+        line, left = summary(metrics, seconds), self.left()
+        if self._live is None:
+            self.note(f"update {step}/{self.total}  {line}  left {left}")
+        else:
+            self._text.plain = line
+            self._bar.update(self._task, completed=step, left=f"left {left}")
+
+    def note(self, text: str) -> None:
+        """Print a line that stays, above the bar."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def left(self) -> str:
+        """Time left at the pace so far, as h:mm:ss."""
+        made = self.done - self._start
+        if made < 1:
+            return "?"
+        return clock((time.monotonic() - self._began) / made * (self.total - self.done))
+
+
+def summary(metrics: Mapping[str, float], seconds: Mapping[str, float]) -> str:
+    """Return the metrics that a person watches, and seconds per phase, as one line."""
+    parts = [f"reward {metrics['reward']:.3f}"] if "reward" in metrics else []
+    parts += [
+        f"{name.removeprefix(TERMS)} {value:.3f}" for name, value in metrics.items() if name.startswith(TERMS)
+    ]
+    parts += [f"error {value:.2f} px" for name, value in metrics.items() if name.endswith("error_px")]
+    parts += [
+        f"{label} {metrics[name]:.2g}"
+        for name, label in (("kl", "kl"), ("clip_fraction", "clipped"))
+        if name in metrics
+    ]
+    phases = " ".join(f"{name} {value:.1f}" for name, value in seconds.items())
+    return "  ".join([*parts, f"[{phases} s]"] if phases else parts)
+
+
+def clock(seconds: float) -> str:
+    """Return seconds as h:mm:ss."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}"

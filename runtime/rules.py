@@ -1,0 +1,137 @@
+"""Cross-field rules: what a single component cannot know about itself. Each raises a one-line ValueError
+naming key and fix."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.draws import Stream, generator
+from runtime.checkpoint import complete_steps, read_state
+from runtime.settings import Settings, require
+
+# Most latent frames of a schedule's dry run.
+_DRY_FRAMES = 1024
+
+
+def check(settings: Settings) -> None:
+    """Apply every rule.
+
+    Raises:
+        ValueError: settings that contradict each other.
+        FileNotFoundError: a file or folder that does not exist.
+    """
+    for rule in (groups, minibatches, stochasticity, trackers, frames, clips, run_folder):
+        rule(settings)
+
+
+def groups(settings: Settings) -> None:
+    """Group-relative algorithms compare the samples of a group."""
+    size = settings.rollout.group_size
+    relative = getattr(settings.algorithm, "group_relative", False)
+    require(
+        size >= 2 or not relative,
+        f"rollout.group_size={size}: {_name(settings.algorithm)} compares "
+        f"the samples of a group; use 2 or more",
+    )
+
+
+def minibatches(settings: Settings) -> None:
+    """Mini-batches cut the samples of an update into equal parts."""
+    parts = getattr(settings.algorithm, "minibatches", 1)
+    samples = settings.rollout.prompts * settings.rollout.group_size
+    require(
+        samples % parts == 0,
+        f"algorithm.minibatches={parts} does not divide the {samples} samples of an update "
+        f"(rollout.prompts x rollout.group_size); use {parts_of(samples)}",
+    )
+
+
+def stochasticity(settings: Settings) -> None:
+    """Log-probs exist at stochastic steps only; a stochastic step needs a kernel with noise and a next
+    level above 0."""
+    sigmas = settings.rollout.sigmas
+    random_steps = settings.schedule.learnable
+    require(
+        settings.transition.learnable or not random_steps,
+        "transition=ode has no stochastic steps for this schedule; choose schedule=none or transition=cps",
+    )
+    require(
+        random_steps or not getattr(settings.algorithm, "needs_log_prob", False),
+        f"schedule=none leaves {_name(settings.algorithm)} nothing to learn from: "
+        f"it needs the log-probs of stochastic steps; "
+        f"choose schedule=single",
+    )
+    require(
+        len(sigmas) >= 3 or not random_steps,
+        f"rollout.sigmas={sigmas}: the only step ends at 0 and cannot be "
+        f"stochastic; add a level between, such as "
+        f"[1.0,0.522,0.0]",
+    )
+    frames = min(settings.rollout.frames, _DRY_FRAMES)
+    available = np.array([[sigma > 0 for sigma in sigmas[1:]]] * frames)
+    try:  # the schedule knows how many steps it needs
+        settings.schedule.choose(available, generator(Stream.SCHEDULE, settings.seed), 0)
+    except ValueError as error:
+        raise ValueError(f"schedule does not fit rollout.sigmas={sigmas}: {error}") from error
+
+
+def trackers(settings: Settings) -> None:
+    """A tracker that rewards is cheated first; it cannot also be the judge."""
+    require(
+        type(settings.tracker) is not type(settings.evaluation.tracker),
+        f"tracker and evaluation.tracker are both {_name(settings.tracker)}; the "
+        f"one that evaluates must not be the one that "
+        f"rewards: change one, such as tracker=ncc tracker@evaluation.tracker=lucas_kanade",
+    )
+
+
+def frames(settings: Settings) -> None:
+    """Clips are as long as rollouts."""
+    wanted = pixel_frames(settings.rollout.frames)
+    got = getattr(settings.world, "frames", wanted)
+    require(
+        got == wanted,
+        f"world.frames={got} but rollout.frames={settings.rollout.frames} latent frames "
+        f"are {wanted} pixel frames; set rollout.frames "
+        f"only, world.frames follows it",
+    )
+
+
+def clips(settings: Settings) -> None:
+    """There is something to train on and something to evaluate on. Looks at files, decodes none."""
+    for split in ("train", settings.evaluation.split):
+        require(
+            settings.world.size(split) != 0,
+            f"world={_name(settings.world).lower()} has no clips in its {split} split; add "
+            f"clips, or choose another evaluation.split or world",
+        )
+
+
+def run_folder(settings: Settings) -> None:
+    """Runs are not mixed in one folder, and a checkpoint to start from is complete and of the same model."""
+    if settings.run_dir and not settings.resume and complete_steps(Path(settings.run_dir)):
+        raise ValueError(
+            f"run_dir={settings.run_dir} holds the checkpoints of an earlier run; "
+            f"add resume=true to go on with it, or choose "
+            f"another run_dir"
+        )
+    if settings.checkpoint is not None:
+        read_state(Path(settings.checkpoint))
+
+
+def pixel_frames(latent_frames: int) -> int:
+    """Pixel frames T = 1 + 4 (M - 1) of M latent frames."""
+    return 1 + 4 * (latent_frames - 1)
+
+
+def parts_of(samples: int, most: int = 64) -> str:
+    """Return the divisors of `samples` up to `most`, as text."""
+    found = [str(d) for d in range(1, min(samples, most) + 1) if samples % d == 0]
+    return ", ".join(found[:-1]) + f" or {found[-1]}" if len(found) > 1 else found[0]
+
+
+def _name(component: Any) -> str:
+    return type(component).__name__

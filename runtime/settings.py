@@ -1,0 +1,224 @@
+"""The typed form of a configuration. The dataclasses are the schema, their docstrings are the text of
+`--help`.
+
+Imports nothing heavy: configurations are checked before torch is loaded.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+# A node with `_target_`: the choice of a config group, built by its own class.
+Component = Any
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `ValueError(message)` unless `condition` holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def _at_least(owner: object, name: str, low: float, *keys: str) -> None:
+    for key in keys:
+        value = getattr(owner, key)
+        require(math.isfinite(value) and value >= low, f"{name}.{key} must be at least {low}, got {value}")
+
+
+def _positive(owner: object, name: str, *keys: str) -> None:
+    for key in keys:
+        value = getattr(owner, key)
+        require(math.isfinite(value) and value > 0, f"{name}.{key} must be positive and finite, got {value}")
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What the policy generates in one update.
+
+    Attributes:
+        prompts: number of different clips (image, text, dragged path) per update.
+        group_size: samples of each clip; a group shares its clip and its schedule.
+        frames: latent frames per sample; m latent frames are 4 (m - 1) + 1 pixel frames.
+        sigmas: noise levels of the denoising steps, strictly decreasing from at most 1 to 0.
+        share_initial_noise: all samples of a group start from the same noise.
+        window: finished latent frames that a frame can see (the paper's "cache").
+        sink: first latent frames that are always seen.
+        chunk: latent frames denoised together.
+        history_gradient: let keys and values of finished frames carry gradient when a rollout is re-scored.
+    """
+
+    prompts: int
+    group_size: int
+    frames: int
+    sigmas: list[float]
+    share_initial_noise: bool
+    window: int
+    sink: int
+    chunk: int
+    history_gradient: bool
+
+    def __post_init__(self) -> None:
+        _at_least(self, "rollout", 1, "prompts", "group_size", "window", "chunk")
+        _at_least(self, "rollout", 2, "frames")
+        _at_least(self, "rollout", 0, "sink")
+        s = self.sigmas
+        falling = all(a > b for a, b in itertools.pairwise(s))
+        require(
+            len(s) >= 2 and falling and 0 < s[0] <= 1 and s[-1] == 0,
+            f"rollout.sigmas must fall strictly from at most 1 to 0, such as [1.0,0.755,0.522,0.0]; got {s}",
+        )
+        require(
+            self.frames % self.chunk == 0,
+            f"rollout.frames={self.frames} cannot be cut into chunks of {self.chunk}; "
+            f"make rollout.frames a multiple of rollout.chunk",
+        )
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW, and what happens to a gradient before it.
+
+    Attributes:
+        lr: learning rate.
+        betas: decay rates of the two moment estimates, each in [0, 1).
+        weight_decay: decoupled weight decay per step, times lr.
+        grad_clip: largest L2 norm of the whole gradient; longer ones are scaled down.
+        ema: decay per update of the averaged weights that are evaluated, in [0, 1); 0 turns averaging off.
+    """
+
+    lr: float
+    betas: list[float]
+    weight_decay: float
+    grad_clip: float
+    ema: float
+
+    def __post_init__(self) -> None:
+        _positive(self, "optimizer", "lr", "grad_clip")
+        _at_least(self, "optimizer", 0, "weight_decay")
+        require(
+            len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
+            f"optimizer.betas must be two numbers in [0, 1), got {self.betas}",
+        )
+        require(0 <= self.ema < 1, f"optimizer.ema must be in [0, 1), got {self.ema}")
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How the terms of `reward` become one number per latent frame; see `rewards/composite.py`.
+
+    Attributes:
+        combine: `sum_then_normalize` adds weighted raw terms, `normalize_then_sum` brings each to unit
+            spread in its group first.
+        on_failure: what a failed or non-finite term does: `drop` leaves its group out and counts it, `stop`
+            ends the run.
+        epsilon: added to the spread in `normalize_then_sum`.
+    """
+
+    combine: Literal["sum_then_normalize", "normalize_then_sum"]
+    on_failure: Literal["drop", "stop"]
+    epsilon: float
+
+    def __post_init__(self) -> None:
+        _positive(self, "scoring", "epsilon")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How progress is measured: deterministic sampling from fixed noise on clips that training never sees.
+
+    Attributes:
+        every: updates between evaluations; the first and the last state of the weights are always
+            evaluated. 0: only these.
+        clips: number of clips.
+        split: `heldout` or `hard`.
+        tracker: finds the motion in generated clips; must be of another kind than the one that rewards.
+    """
+
+    every: int
+    clips: int
+    split: Literal["heldout", "hard"]
+    tracker: Component
+
+    def __post_init__(self) -> None:
+        _at_least(self, "evaluation", 0, "every")
+        _at_least(self, "evaluation", 1, "clips")
+
+
+@dataclass(frozen=True)
+class Saving:
+    """When the state of a run is written to its folder.
+
+    Attributes:
+        every: updates between checkpoints; the last update always writes one.
+        keep: newest checkpoints that stay on disk.
+    """
+
+    every: int
+    keep: int
+
+    def __post_init__(self) -> None:
+        _at_least(self, "saving", 1, "every", "keep")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One experiment.
+
+    Attributes:
+        seed: non-negative; together with the weights it fixes every draw of the run.
+        device: torch device such as `cpu` or `cuda`; `auto` takes the GPU where there is one.
+        run_dir: folder of this run; none: `outputs/<experiment>/<date>_<time>`.
+        resume: go on from the newest complete checkpoint in run_dir (or from the start where there is none).
+        checkpoint: a checkpoint folder whose weights to start from, or to evaluate; none: the model's own
+            weights.
+        updates: number of updates of the weights.
+        rollout: what the policy generates in one update.
+        optimizer: AdamW, and what happens to a gradient before it.
+        scoring: how the terms of reward become one number.
+        evaluation: how progress is measured.
+        saving: when checkpoints are written.
+        algorithm: how to learn from a scored rollout.
+        model: the networks and their weights.
+        adaptation: which weights are trained.
+        world: where clips come from.
+        reward: what is good; a weighted sum such as motion+0.5*aesthetic.
+        schedule: which denoising steps are stochastic.
+        transition: the kernel of a stochastic step.
+        tracker: finds the motion that is rewarded.
+        engine: how an update runs on the hardware.
+        logger: where metrics go, beside the run's folder.
+    """
+
+    seed: int
+    device: str
+    run_dir: str | None
+    resume: bool
+    checkpoint: str | None
+    updates: int
+    rollout: Rollout
+    optimizer: Optimizer
+    scoring: Scoring
+    evaluation: Evaluation
+    saving: Saving
+    algorithm: Component
+    model: Component
+    adaptation: Component
+    world: Component
+    reward: dict[str, Component]
+    schedule: Component
+    transition: Component
+    tracker: Component
+    engine: Component
+    logger: Component
+
+    def __post_init__(self) -> None:
+        require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
+        require(
+            re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device) is not None,
+            f"device must be auto, cpu, mps, cuda or cuda:<number>, got {self.device!r}",
+        )
+        require(self.updates >= 1, f"updates must be at least 1, got {self.updates}")
+        require(len(self.reward) >= 1, "reward is empty; name at least one, such as reward=motion")

@@ -1,0 +1,134 @@
+"""The command line: one line and exit code 2 for what a person can mend; sweeps go on; help explains
+everything."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from runtime import checkpoint, cli
+from runtime.checkpoint import Snapshot
+from runtime.config import Plan
+from runtime.models import Pretrained
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    monkeypatch.setattr(Pretrained, "check", lambda self: None)
+    monkeypatch.chdir(tmp_path)
+    for name in ("ARDRAG_TRACEBACK", "HYDRA_FULL_ERROR"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(*arguments: str, experiment: Callable[[Plan], None] | None = None) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["experiments/grpo.py", *arguments])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as left:
+            cli.main(
+                "grpo", experiment or (lambda plan: print("ran", plan.settings.run_dir, plan.settings.seed))
+            )
+        out, err = capfd.readouterr()
+        return int(left.value.code or 0), out, err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["reward=nosuch"], ["reward=nosuch does not exist", "aesthetic, motion, smoothness"]),
+        (["reward=motion+nosuch"], ["reward=nosuch does not exist", "aesthetic, motion, smoothness"]),
+        (["algorithm=nosuch"], ["algorithm=nosuch", "grpo"]),
+        (["schedule=nosuch"], ["random_k", "single", "window"]),
+        (["transition=nosuch"], ["cps, dance_sde, flow_sde, ode"]),
+        (["world=nosuch"], ["clips", "sprites"]),
+        (["reward=motion+"], ["empty"]),
+        (["reward=inf*motion"], ["'inf' is not a finite number"]),
+        (["reward.motion.weight=nan"], ["reward.motion.weight must be finite"]),
+        (["rollout.group_size=1"], ["rollout.group_size=1", "2 or more"]),
+        (["schedule=none"], ["nothing to learn", "schedule=single"]),
+        (["algorithm.minibatches=3"], ["does not divide"]),
+        (["world=clips"], ["world.folder is missing"]),
+        (["world=clips", "world.folder=/does/not/exist"], ["no folder at /does/not/exist"]),
+        (["world=clips", "world.folder=bad"], ["broken.mp4"]),
+        (["checkpoint=/does/not/exist"], ["no such folder"]),
+        (["checkpoint=bad"], ["not a complete checkpoint"]),
+        (["checkpoint=other/checkpoints/step_000001"], ["another model", "model.path: elsewhere -> assets/tiny"]),
+        (["run_dir=other"], ["earlier run", "resume=true"]),
+        (["resume=true"], ["run_dir"]),
+        (["updats=3"], ["did you mean 'updates'"]),
+        (["+optimizer.learning_rate=3"], ["optimizer.learning_rate does not exist"]),
+        (["rewrd=motion"], ["did you mean 'reward'"]),
+        (["updates=1.5"], ["integer"]),
+        (["updates=["], ["'['"]),
+        (["model.path=${nosuch}"], ["nosuch"]),
+        (["--config-dir", "/does/not/exist"], ["/does/not/exist"]),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_and_exit_code_2(
+    command: Run, tmp_path: Path, arguments: list[str], words: list[str]
+) -> None:
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "broken.mp4").write_bytes(b"not a video")
+    config = {"model": {"_target_": "runtime.models.Pretrained", "path": "elsewhere", "control": "presence"}}
+    checkpoint.save(tmp_path / "other", Snapshot(1, config, {"weights": {"w": torch.ones(1)}}), keep=1)
+    before = sorted(tmp_path.rglob("*"))
+    code, out, err = command(*arguments)
+    assert code == 2 and out == ""
+    assert err.startswith("error: ") and err.count("\n") == 1
+    assert all(word in err for word in words), err
+    assert sorted(tmp_path.rglob("*")) == before, "a refused run leaves nothing behind"
+
+
+def test_an_accepted_run_gets_its_folder_and_exits_0(command: Run) -> None:
+    code, out, _ = command("seed=4")
+    assert code == 0 and out.startswith("ran outputs/grpo/") and out.endswith(" 4\n")
+    assert command("run_dir=here")[1] == "ran here 0\n"
+
+
+def test_setup_errors_of_the_experiment_are_one_line_later_ones_keep_their_traceback(command: Run) -> None:
+    def setup(plan: Plan) -> None:
+        with cli.setup_phase():
+            raise ValueError("weights do not fit:\n  a\n  b")
+
+    def later(plan: Plan) -> None:
+        raise ValueError("boom")
+
+    assert command(experiment=setup)[::2] == (2, "error: weights do not fit: a; b\n")
+    code, _, err = command(experiment=later)
+    assert code == 1 and "Traceback" in err and err.endswith("error: ValueError: boom\n")
+
+
+def test_traceback_on_request(command: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ARDRAG_TRACEBACK", "1")
+    code, _, err = command("updates=0")
+    assert code == 2 and "Traceback" in err
+
+
+def test_a_sweep_reports_what_is_refused_and_goes_on(command: Run) -> None:
+    code, out, err = command("-m", "seed=1,-1,2", "reward=motion,motion+0.5*aesthetic", "run_dir=cells")
+    assert code == 2
+    assert [line.split()[-1] for line in out.splitlines()] == ["1", "1", "2", "2"]
+    folders = [line.split()[1] for line in out.splitlines()]
+    assert folders == ["cells/0", "cells/1", "cells/4", "cells/5"]
+    assert err.count("seed must not be negative") == 2 and "2 of 6 runs" in err
+
+
+def test_help_explains_choices_and_fields(command: Run) -> None:
+    code, out, _ = command("--help", "schedule=window")
+    assert code == 0
+    for text in (
+        "schedule.interval=25",
+        "iterations between two moves",
+        "reward=motion ",
+        "rollout.group_size=8",
+        "optimizer.lr=1e-05",
+        "-m",
+    ):
+        assert text in out
+    assert command("-h", "schedule=nosuch")[0] == 2

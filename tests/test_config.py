@@ -1,0 +1,373 @@
+"""The configuration tree: every choice composes, validates and builds; bad values are refused, never
+changed."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import reduce
+from pathlib import Path
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import ConfigCompositionException, HydraException
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from omegaconf.errors import OmegaConfBaseException
+
+from runtime import explain, rules, schema
+from runtime.config import CONF, Plan, plain, validate
+from runtime.hydra_sum import parse_sum
+from runtime.identity import differences, flatten, identity
+from runtime.models import Pretrained
+from runtime.settings import Settings
+
+PRIMARIES = sorted(p.stem for p in CONF.glob("*.yaml") if p.stem != "config")
+CHOICES = [(g, p.stem) for g in explain.groups() for p in sorted((CONF / g).glob("*.yaml"))]
+ADDED = ("recipe", "debug")  # groups without a default: +recipe=paper
+REFUSED_ALONE = {
+    ("schedule", "none"): "nothing to learn",
+    ("transition", "ode"): "no stochastic steps",
+    ("tracker", "lucas_kanade"): "must not be the one that rewards",
+}
+REWARDS = sorted(p.stem for p in (CONF / "reward").glob("*.yaml"))
+
+fast = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def hydra_tree() -> Iterator[None]:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def no_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    # whether the embedded weights are there is not a question about configuration
+    monkeypatch.setattr(Pretrained, "check", lambda self: None)
+
+
+def checked(*overrides: str) -> Plan:
+    return validate(compose("train", list(overrides)))
+
+
+def at(node: Any, key: str) -> Any:
+    return reduce(lambda n, k: n[k] if isinstance(n, dict) else getattr(n, k), key.split("."), node)
+
+
+def composed(group: str, choice: str, tmp_path: Path) -> dict[str, Any]:
+    """Compose a choice; a folder of tiny frames stands in for every value that it demands."""
+    config = plain(compose("train", [f"{'+' if group in ADDED else ''}{group}={choice}"]))
+    for key in [key for key, value in flatten(config).items() if value == schema.MISSING]:
+        picture = cv2.imencode(".png", np.zeros((16, 16, 3), np.uint8))[1].tobytes()
+        (tmp_path / "clip").mkdir()
+        for i in range(40):
+            (tmp_path / "clip" / f"{i:03d}.png").write_bytes(picture)
+        parent, _, leaf = key.rpartition(".")
+        at(config, parent)[leaf] = str(tmp_path)
+    return config
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES, ids=["=".join(c) for c in CHOICES])
+def test_every_choice_composes_validates_builds_and_is_explained(
+    group: str, choice: str, tmp_path: Path
+) -> None:
+    config = composed(group, choice, tmp_path)
+    built = schema.build(Settings, config)
+    refusal = REFUSED_ALONE.get((group, choice))
+    if refusal is None:
+        rules.check(built)
+    else:
+        with pytest.raises(ValueError, match=refusal):
+            rules.check(built)
+
+    explained = {f.key: f.text for f in explain.fields(Settings, config)}
+    assert set(explained) == {k for k in flatten(config) if not k.endswith(schema.TARGET)}
+    assert [key for key, text in explained.items() if not text] == []
+
+    text = (CONF / group / f"{choice}.yaml").read_text()
+    assert re.match(r"(# @package .*\n)?# \S", text), "the first line says what the choice is"
+    keys = [line for line in text.splitlines() if re.match(r"\s*[a-z]\w*:", line)]
+    assert group in ADDED or [line for line in keys if "#" not in line] == [], "keys without a comment"
+
+
+@pytest.mark.parametrize("primary", PRIMARIES)
+def test_every_primary_validates(primary: str) -> None:
+    assert isinstance(validate(compose(primary)).settings, Settings)
+
+
+# sums of rewards
+
+
+def weights(plan_or_cfg: Any) -> dict[str, float]:
+    return {name: term["weight"] for name, term in plan_or_cfg["reward"].items()}
+
+
+finite = st.floats(-1e6, 1e6).map(lambda x: round(x, 6))
+sums = st.lists(
+    st.tuples(st.sampled_from(REWARDS), st.none() | finite), min_size=1, max_size=3, unique_by=lambda t: t[0]
+)
+
+
+@settings(max_examples=12, deadline=None)
+@given(sums)
+def test_a_sum_is_its_terms_with_their_weights(terms: list[tuple[str, float | None]]) -> None:
+    text = "+".join(name if weight is None else f"{weight}*{name}" for name, weight in terms)
+    found = weights(plain(compose("train", [f"reward={text}"])))
+    assert found == {name: 1.0 if weight is None else weight for name, weight in terms}
+
+
+@given(st.text(st.sampled_from("abe_2+*. -nf1")) | st.text())
+def test_any_text_is_a_sum_or_refused_in_one_line(text: str) -> None:
+    try:
+        terms = parse_sum(text)
+    except ConfigCompositionException as error:
+        assert str(error).startswith("reward=") and "\n" not in str(error).replace(text, "")
+    else:
+        assert terms and all(w is None or math.isfinite(w) for w in terms.values())
+        again = "+".join(name if w is None else f"{w!r}*{name}" for name, w in terms.items())
+        assert parse_sum(again) == terms
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("motion+", "empty"),
+        ("+motion", "empty"),
+        ("motion+motion", "twice"),
+        ("motion+2*motion", "twice"),
+        ("nan*motion", "finite"),
+        ("inf*motion", "finite"),
+        ("x*motion", "finite"),
+        ("2**motion", "not the name"),
+        ("motion*2", "name"),
+    ],
+)
+def test_bad_sums_are_refused_with_a_reason(text: str, why: str) -> None:
+    with pytest.raises(ConfigCompositionException, match=why):
+        compose("train", [f"reward={text}"])
+
+
+def test_unknown_terms_list_the_known_ones() -> None:
+    with pytest.raises(
+        ConfigCompositionException, match=r"(?s)Could not find 'reward/nosuch'.*" + ".*".join(REWARDS)
+    ):
+        compose("train", ["reward=motion+nosuch"])
+
+
+def test_a_later_override_beats_the_weight_of_a_sum_and_a_term_alone_is_the_plain_file() -> None:
+    assert (
+        weights(plain(compose("train", ["reward=motion+0.5*aesthetic", "reward.aesthetic.weight=3"])))[
+            "aesthetic"
+        ]
+        == 3
+    )
+    alone, term = (plain(compose("train", [f"reward={r}"]))["reward"] for r in ("motion", "1.0*motion"))
+    assert alone == term and list(alone) == ["motion"]
+
+
+def test_exponents_keep_their_plus() -> None:
+    assert parse_sum("1e+3*motion+2.5e-1*a2e+b") == {"motion": 1000.0, "a2e": 0.25, "b": None}
+
+
+# nothing is changed silently
+
+BASE: dict[str, Any] = {}
+
+
+def base() -> dict[str, Any]:
+    if not BASE:
+        BASE.update(plain(compose("train")))
+    return copy.deepcopy(BASE)
+
+
+values = (
+    st.integers(-3, 70)
+    | st.floats(width=32)
+    | st.booleans()
+    | st.none()
+    | st.text(max_size=5)
+    | st.sampled_from(["per_frame", "lora", "hard", "all", "median", "cpu", "x"])
+    | st.lists(st.floats(-1, 2) | st.integers(-1, 3) | st.text(max_size=3), max_size=4)
+)
+
+
+@fast
+@given(st.data())
+def test_a_value_arrives_as_given_or_is_refused_in_one_line(data: st.DataObject) -> None:
+    config = base()
+    key = data.draw(st.sampled_from(sorted(k for k in flatten(config) if not k.endswith(schema.TARGET))))
+    value = data.draw(values)
+    assume(key not in ("run_dir", "checkpoint"))
+    parent, _, leaf = key.rpartition(".")
+    (at(config, parent) if parent else config)[leaf] = value
+    try:
+        built = schema.build(Settings, config)
+        rules.check(built)
+    except ValueError as error:
+        assert "\n" not in str(error)
+    else:
+        arrived = at(built, key)
+        assert arrived == value and isinstance(arrived, bool) == isinstance(value, bool)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.sampled_from(
+        ["updates", "rollout.frames", "reward.motion.alpha", "schedule.scope", "nosuch", "optimizer", "world"]
+    ),
+    st.sampled_from(
+        [
+            "1",
+            "-1",
+            "1.5",
+            "abc",
+            "null",
+            "[1,2]",
+            "{a:1}",
+            "nan",
+            "${nosuch}",
+            "",
+            "???",
+            "true",
+            "a=b",
+            "'",
+            "[",
+            "1,2",
+        ]
+    ),
+    st.sampled_from(["", "+", "++", "~"]),
+)
+def test_any_override_composes_and_validates_or_is_refused(key: str, value: str, sign: str) -> None:
+    try:
+        checked(f"{sign}{key}={value}")
+    except (ValueError, HydraException, OmegaConfBaseException):
+        pass  # the command line prints these as one line: tests/test_cli.py
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["rollout.group_size=1"], "rollout.group_size=1.*2 or more"),
+        (
+            ["algorithm.minibatches=3"],
+            "minibatches=3 does not divide the 64 samples.*1, 2, 4, 8, 16, 32 or 64",
+        ),
+        (["schedule=none"], "schedule=none leaves GRPO nothing to learn"),
+        (["transition=ode"], "transition=ode"),
+        (["rollout.sigmas=[1.0,0.0]"], "rollout.sigmas"),
+        (["rollout.sigmas=[1.0,0.5,0.7,0.0]"], "fall strictly"),
+        (["rollout.sigmas=[1.2,0.5,0.0]"], "fall strictly"),
+        (["rollout.sigmas=[1.0,0.5,0.1]"], "fall strictly"),
+        (["schedule=window", "schedule.size=3"], "schedule does not fit"),
+        (["tracker=lucas_kanade"], "must not be the one that rewards"),
+        (["rollout.frames=1"], "rollout.frames must be at least 2"),
+        (["rollout.chunk=2"], "chunks of 2"),
+        (["rollout.window=0"], "rollout.window"),
+        (["rollout.sink=-1"], "rollout.sink"),
+        (["world.frames=17"], "world.frames=17 but rollout.frames=9"),
+        (["updates=0"], "updates"),
+        (["updates=1.5"], "updates must be an integer, got 1.5"),
+        (["reward.motion.weight=inf"], "reward.motion.weight must be finite"),
+        (["+updat=1"], "did you mean 'updates'"),
+        (["+optimizer.learning=1"], "optimizer.learning does not exist"),
+        (["optimizer.lr=fast"], "optimizer.lr must be a number, got 'fast'"),
+        (["seed=???"], "seed is missing; add seed="),
+        (["reward.motion._target_=rewards.motion.Motoin"], "cannot import"),
+        (["reward.motion._target_=os.system"], "not a dataclass"),
+        (["checkpoint=/does/not/exist"], "no such folder"),
+    ],
+)
+def test_contradictions_name_key_and_fix(overrides: list[str], message: str) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        checked(*overrides)
+    assert "\n" not in str(caught.value)
+
+
+def test_validation_imports_nothing_heavy_and_takes_less_than_a_second() -> None:
+    program = """
+import sys, time
+from hydra import compose, initialize_config_dir
+from runtime.config import CONF, validate
+from runtime.models import Pretrained
+Pretrained.check = lambda self: None
+with initialize_config_dir(str(CONF), version_base="1.3"):
+    for choice in ["logger=local", "logger=wandb", "adaptation=lora", "schedule=random_k",
+    "reward=smoothness"]:
+        validate(compose("grpo", [choice]))
+        print(choice, time.process_time())
+        if choice == "logger=local": assert time.process_time() < 1, time.process_time()
+import runtime.cli
+heavy = {"torch", "torchrl", "tensordict", "diffusers", "transformers", "cv2", "av", "matplotlib", "wandb"}
+& set(sys.modules) assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=CONF.parent)
+    assert done.returncode == 0, done.stderr
+
+
+def test_identity_ignores_where_and_how_long_but_nothing_else() -> None:
+    one, same, other = (
+        checked(*o).config
+        for o in (
+            [],
+            ["updates=9", "run_dir=x", "logger=wandb", "saving.keep=5"],
+            ["optimizer.lr=2e-5", "schedule=all"],
+        )
+    )
+    assert differences(identity(one), identity(same)) == []
+    assert [d.split(":")[0] for d in differences(identity(one), identity(other))] == [
+        "optimizer.lr",
+        "schedule._target_",
+        "schedule.scope",
+    ]
+
+
+# the strict builder
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    """Inner.
+
+    Attributes:
+        size: how
+            large.
+        kind: which.
+    """
+
+    size: int
+    kind: Literal["a", "b"] = "a"
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer:
+    inner: Inner
+    pair: tuple[int, float]
+    names: list[str]
+    ratio: float | None = None
+    table: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+def test_builder_types() -> None:
+    node = {"inner": {"size": 3}, "pair": [1, 2], "names": ["x"], "ratio": 1, "table": {"k": 2}}
+    assert schema.build(Outer, node) == Outer(Inner(3), (1, 2.0), ["x"], 1.0, {"k": 2})
+    for key, bad in [("inner", {"size": True}), ("inner", {"size": 1.0}), ("inner", {"size": 1, "kind": "c"}), ("inner", 3),
+                     ("pair", [1]), ("names", "x"), ("ratio", "1"), ("ratio", True), ("table", {"k": "v"}), ("nam", 1)]:  # fmt: skip
+        with pytest.raises(ValueError, match=key):
+            schema.build(Outer, {**node, key: bad})
+    with pytest.raises(ValueError, match="inner is missing"):
+        schema.build(Outer, {k: v for k, v in node.items() if k != "inner"})
+
+
+def test_attributes_of_a_docstring() -> None:
+    assert schema.attributes(Inner) == {"size": "how large.", "kind": "which."}

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from metrics.features import ClipFeatures
+from metrics.frechet import frechet_distance, gaussian_frechet
+from metrics.motion import counted, motion_metrics, per_clip
+from metrics.smoothness import smoothness
+from tests.moving import asking, line
+from tests.test_rewards import tiny_clip
+from tracking.trackers import Tracks
+
+
+def normal(n: int, d: int, seed: int) -> torch.Tensor:
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+class TestFrechet:
+    def test_reference_values(self) -> None:
+        d = 5
+        eye, zero = torch.eye(d), torch.zeros(d)
+        rising = torch.diag(torch.arange(1.0, 6))
+        falling = rising.flip(0, 1)
+        assert gaussian_frechet(zero, eye, zero + 1, eye) == pytest.approx(d, abs=1e-12)
+        assert gaussian_frechet(zero, eye, zero, 4 * eye) == pytest.approx(d, abs=1e-12)
+        assert gaussian_frechet(zero, rising, zero, falling) == pytest.approx(3.742019591016, abs=1e-11)
+
+    def test_same_set_is_zero_and_shift_is_its_square(self) -> None:
+        x = normal(50, 6, 0)
+        assert frechet_distance(x, x) < 1e-12
+        assert frechet_distance(x, x + 2.0) == pytest.approx(24.0, abs=1e-10)
+
+    def test_symmetric_and_invariant_under_rotation(self) -> None:
+        x, y = normal(60, 5, 1), normal(70, 5, 2) * torch.arange(1.0, 6)
+        rotation = torch.linalg.qr(normal(5, 5, 3))[0]
+        assert frechet_distance(x, y) == pytest.approx(frechet_distance(y, x), abs=1e-9)
+        assert frechet_distance(x @ rotation, y @ rotation) == pytest.approx(frechet_distance(x, y), abs=1e-9)
+
+    def test_equals_torchmetrics(self) -> None:
+        fid = pytest.importorskip("torchmetrics.image.fid", exc_type=ImportError)
+        x, y = normal(80, 7, 4), normal(90, 7, 5) @ normal(7, 7, 6)
+        theirs = fid._compute_fid(x.mean(0), x.T.cov(), y.mean(0), y.T.cov())
+        assert frechet_distance(x, y) == pytest.approx(float(theirs), rel=1e-10)
+
+    def test_singular_covariance_is_finite_and_warns(self) -> None:
+        with pytest.warns(UserWarning, match="4 samples for 9 dimensions"):
+            assert math.isfinite(frechet_distance(normal(4, 9, 0), normal(40, 9, 1)))
+
+    def test_bad_input(self) -> None:
+        x = normal(20, 3, 0)
+        with pytest.raises(ValueError, match="3 and of 4"):
+            frechet_distance(x, normal(20, 4, 0))
+        with pytest.raises(ValueError, match="second set holds"):
+            frechet_distance(x, x / 0)
+        with pytest.raises(ValueError, match="2 or more"):
+            frechet_distance(x, x[:1])
+
+
+def test_motion_metrics() -> None:
+    path = line((4.0, 4.0), (0.5, 0.5), 9)
+    batch = asking(path, (32, 32)).repeat(2)
+    xy = path.expand(2, 1, 9, 2).clone()
+    xy[0] += torch.tensor([3.0, 4.0])  # 5 px, also in frame 0, which does not count
+    xy[1, :, 5:] += torch.tensor([0.0, 12.0])
+    visible = torch.ones(2, 1, 9, dtype=torch.bool)
+    visible[1, :, 5:] = False
+    found = Tracks(xy, visible, visible.float())
+    out = motion_metrics(batch.trajectory, found)
+    assert out["motion_error_px"] == pytest.approx((8 * 5 + 4 * 12) / 16)
+    assert out["motion_error_px_visible"] == pytest.approx(8 * 5 / 12)
+    assert out["motion_error_px_clip"] == pytest.approx((5 + 6) / 2)
+    assert out["motion_visible"] == pytest.approx(12 / 16)
+    seen_in_truth = visible.clone()
+    assert motion_metrics(batch.trajectory, found, seen_in_truth)["motion_error_px"] == pytest.approx(40 / 12)
+    late = batch.trajectory.presence.clone()
+    late[1, :, 0] = False
+    counts = counted(replace(batch.trajectory, presence=late))
+    assert counts[0].sum() == 8 and not counts[1].any()
+    assert per_clip(torch.ones(2, 1, 9), counts).isnan().tolist() == [False, True]
+
+
+def test_smoothness() -> None:
+    still = torch.rand(2, 3, 1, 4, 4).expand(2, 3, 9, 4, 4) * 2 - 1
+    assert (smoothness(still) == 1).all()
+    ramp = torch.linspace(-1, 1, 9)[None, None, :, None, None].expand(1, 3, 9, 4, 4)
+    assert float(smoothness(ramp)) == pytest.approx(1.0, abs=1e-6)
+    flicker = torch.ones(1, 3, 9, 4, 4)
+    flicker[:, :, 1::2] = -1
+    assert float(smoothness(flicker)) == pytest.approx(0.0, abs=1e-6)
+    assert float(smoothness(flicker[:, :, :8])) == pytest.approx(0.0, abs=1e-6)
+    with pytest.raises(ValueError, match="3 frames"):
+        smoothness(still[:, :, :2])
+
+
+def test_clip_features(tmp_path: Path) -> None:
+    tiny_clip(tmp_path / "aesthetic", width=8)
+    features = ClipFeatures()
+    with pytest.raises(ValueError, match="tiny-clip has no network"):
+        features.frames(torch.zeros(1, 3, 2, 16, 16))
+    features.prepare(tmp_path, "cpu")
+    video = torch.rand(3, 3, 5, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    frames, videos = features.frames(video), features.videos(video)
+    assert frames.shape == (3, 5, 8) and videos.shape == (3, 16)
+    assert torch.allclose(frames.norm(dim=-1), torch.ones(3, 5), atol=1e-5)
+    assert torch.allclose(features.frames(video[1:2, :, 3:4])[0, 0], frames[1, 3], atol=1e-5)
+    still = video[:, :, :1].expand_as(video)
+    assert torch.allclose(features.videos(still)[:, 8:], torch.zeros(3, 8), atol=1e-6)
+    backwards = features.videos(video.flip(2))
+    assert torch.allclose(backwards, videos, atol=1e-5)

@@ -1,0 +1,113 @@
+"""Timing, progress, signals, logs and the plain engine."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from runtime.engines import Plain
+from runtime.progress import Progress, clock, summary
+from runtime.runlog import Wandb, read
+from runtime.signals import StopFlag
+from runtime.timing import PhaseTimer
+
+
+def test_phases_and_rest_sum_to_the_whole_and_inner_phases_are_not_counted_twice() -> None:
+    timer, began = PhaseTimer(), time.perf_counter()
+    with timer.phase("outer"):
+        time.sleep(0.02)
+        with timer.phase("inner"):
+            time.sleep(0.03)
+    time.sleep(0.01)
+    seconds = timer.seconds()
+    whole = time.perf_counter() - began
+    assert sum(seconds.values()) == pytest.approx(whole, abs=2e-3)
+    assert 0.02 <= seconds["outer"] < 0.03 <= seconds["inner"] and seconds["rest"] >= 0.01
+    timer.reset()
+    assert list(timer.seconds()) == ["rest"]
+
+
+def test_progress_prints_plain_lines_where_there_is_no_terminal() -> None:
+    out = io.StringIO()
+    with Progress(total=4, done=2, console=Console(file=out, width=300)) as progress:
+        for frame in range(3):
+            progress.rollout_step(frame, 3)
+        metrics = {
+            "reward": 1.5,
+            "reward_terms/motion": 1.0,
+            "motion/error_px": 2.25,
+            "kl": 1e-3,
+            "clip_fraction": 0.5,
+            "other": 7,
+        }
+        progress.update(3, metrics, {"rollout": 1.0, "rest": 0.1})
+    lines = out.getvalue().splitlines()
+    assert len(lines) == 2 and lines[0].startswith("first rollout step after")
+    for text in (
+        "update 3/4",
+        "reward 1.500",
+        "motion 1.000",
+        "error 2.25 px",
+        "kl 0.001",
+        "clipped 0.5",
+        "[rollout 1.0 rest 0.1 s]",
+        "left 0:00:00",
+    ):
+        assert text in lines[1]
+    assert "other" not in lines[1]
+
+
+def test_progress_draws_a_bar_on_a_terminal() -> None:
+    out = io.StringIO()
+    with Progress(total=4, console=Console(file=out, force_terminal=True, width=200)) as progress:
+        progress.rollout_step(0, 9)
+        progress.update(1, {"reward": 2.0}, {})
+    assert "1/4" in out.getvalue() and "reward 2.000" in out.getvalue()
+
+
+def test_clock_and_summary() -> None:
+    assert [clock(s) for s in (0, 59.6, 3661)] == ["0:00:00", "0:01:00", "1:01:01"]
+    assert summary({}, {}) == ""
+
+
+def test_first_signal_is_a_request_second_leaves_and_handlers_come_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as left, StopFlag() as stop:
+        assert not stop.requested
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+    assert left.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_without_wandb_the_local_log_goes_on_after_one_notice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    log = Wandb().open(tmp_path, {}, 0)
+    log.log(1, {"reward": 1.0})
+    log.close()
+    assert read(tmp_path) == [{"step": 1, "reward": 1.0}]
+    assert capsys.readouterr().err.count("notice: wandb is not installed") == 1
+
+
+def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing() -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight], lr=0.1)
+    engine = Plain()
+    engine.backward((weight * torch.tensor([1.0, float("nan"), 1.0])).sum())
+    assert not torch.isfinite(torch.tensor(engine.step(optimizer, [weight], 1.0)))
+    assert weight.tolist() == [1, 1, 1] and not optimizer.state and weight.grad is None
+    engine.backward((weight * torch.tensor([3.0, 4.0, 0.0])).sum())
+    assert engine.step(optimizer, [weight], 1.0) == pytest.approx(5.0)
+    assert weight[0] < 1
