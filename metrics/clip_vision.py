@@ -62,12 +62,16 @@ class ClipVision(nn.Module):
 
     def pixels(self, frames: Tensor) -> Tensor:
         """CLIP's preprocessing: short edge to the model's size, centre crop, normalise."""
-        height, width = frames.shape[-2:]
-        scale = self.size / min(height, width)
-        size = (max(self.size, round(height * scale)), max(self.size, round(width * scale)))
         unit = ((frames.float().to(self.mean.device) + 1) / 2).clamp(0, 1)
-        if size != (height, width):
-            unit = interpolate(unit, size=size, mode="bicubic", antialias=True).clamp(0, 1)
-        top, left = (size[0] - self.size) // 2, (size[1] - self.size) // 2
-        crop = unit[..., top : top + self.size, left : left + self.size]
-        return ((crop - self.mean) / self.std).to(self.model.dtype)
+        return ((square(unit, self.size).clamp(0, 1) - self.mean) / self.std).to(self.model.dtype)
+
+
+def square(images: Tensor, size: int) -> Tensor:
+    """Resize the short edge of `[n, 3, H, W]` to `size` (bicubic) and crop the centre to `size` x `size`."""
+    height, width = images.shape[-2:]
+    scale = size / min(height, width)
+    resized = (max(size, round(height * scale)), max(size, round(width * scale)))
+    if resized != (height, width):
+        images = interpolate(images, size=resized, mode="bicubic", antialias=True)
+    top, left = (resized[0] - size) // 2, (resized[1] - size) // 2
+    return images[..., top : top + size, left : left + size]

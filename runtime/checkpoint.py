@@ -1,11 +1,9 @@
 """Checkpoints that are complete or do not exist.
 
 A checkpoint is a folder `checkpoints/step_000020/` of safetensors (weights, optimizer moments) and JSON
-(counters, resolved config,
-versions). Its `manifest.json` holds the SHA-256 of every file and is written last, through a temporary
-file, fsync and
-`os.replace`: a folder without a manifest that fits is debris of a killed run. Nothing that is read can run
-code.
+(counters, resolved config, versions). Its `manifest.json` holds the SHA-256 of every file and comes last,
+through a temporary file, fsync and `os.replace`: a folder without a manifest that fits is debris of a killed
+run. Nothing that is read can run code.
 """
 
 from __future__ import annotations
@@ -111,7 +109,8 @@ def load(folder: Path) -> Snapshot:
 
 def latest(run_dir: Path) -> Path | None:
     """Return the newest complete checkpoint, or None. Newer folders that are half-written or damaged are
-    removed, loudly."""
+    removed, loudly.
+    """
     for folder in sorted((run_dir / FOLDER).glob("step_*"), reverse=True):
         broken = _broken(folder)
         if not broken:
@@ -166,7 +165,8 @@ def versions() -> dict[str, str]:
 
 def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
     """Return the state of an optimizer as flat tensors `<parameter index>.<name>`, such as `3.exp_avg` and
-    `3.step`."""
+    `3.step`.
+    """
     import torch
 
     state: Mapping[int, Mapping[str, Any]] = optimizer.state_dict()["state"]

@@ -18,9 +18,11 @@ from runtime.schema import TARGET, attributes, locate
 from runtime.settings import Settings
 
 USAGE = """\
-python experiments/{name}.py [group=choice] [key=value] ...     -m: sweep over comma-separated values
-  --help  this text for the given choices      --cfg job --resolve  the whole config      --config-dir DIR
-  choices of your own
+python experiments/{name}.py [group=choice] [key=value] ...
+  -m                  sweep over comma-separated values
+  --help              this text, for the given choices
+  --cfg job           the whole config
+  --config-dir DIR    a folder with choices of your own (CONTRIBUTING.md)
 """
 
 
@@ -47,7 +49,8 @@ def explain(config_name: str, overrides: list[str], config_dir: str | None = Non
 
 def fields(cls: type, node: Any, prefix: str = "") -> Iterator[Field]:
     """Yield every key below a config node, described by the docstring of the class it builds; `node` is a
-    plain container."""
+    plain container.
+    """
     hints, texts = get_type_hints(cls), attributes(cls)
     for name in (f.name for f in dataclasses.fields(cls) if f.name in node):
         key, value = f"{prefix}{name}", node[name]

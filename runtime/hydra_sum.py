@@ -1,14 +1,13 @@
 """Weighted sums as a choice of the `reward` group: `reward=motion+0.5*aesthetic`.
 
-Importing this module registers a Hydra config source for the scheme `sum://` and puts it on the search
-path. The source answers `reward/motion+0.5*aesthetic` with what one would otherwise write into a file:
+Importing this module registers a Hydra config source for the scheme `sum://` and puts it on the search path.
+The source answers `reward/motion+0.5*aesthetic` with what one would otherwise write into a file:
 
     # @package reward
     defaults: [/reward@motion: motion, /reward@aesthetic: aesthetic, _self_]
     aesthetic: {weight: 0.5}
 
-so sweeps, `hydra.compose()`, `--info defaults` and later overrides (`reward.motion.weight=2`) work by
-themselves.
+so sweeps, `hydra.compose()`, `--info defaults` and later overrides (`reward.motion.weight=2`) simply work.
 """
 
 from __future__ import annotations
@@ -79,7 +78,8 @@ class SumConfigSource(ConfigSource):
 
     def load_config(self, config_path: str) -> ConfigResult:
         """Return the synthetic config of a sum. Unknown names are refused by Hydra, which lists the known
-        ones."""
+        ones.
+        """
         terms = parse_sum(_sum_of(config_path) or "")
         defaults: list[Any] = [{f"/{GROUP}@{name}": name} for name in terms]
         weights = {name: {"weight": weight} for name, weight in terms.items() if weight is not None}

@@ -10,7 +10,8 @@ VOLATILE = ("run_dir", "resume", "updates", "saving", "evaluation.every", "logge
 
 def identity(config: dict[str, Any]) -> dict[str, Any]:
     """Return `config` flattened to dotted keys, without the volatile ones: two runs with one identity
-    compute the same."""
+    compute the same.
+    """
     flat = flatten(config)
     return {k: v for k, v in flat.items() if not any(k == v or k.startswith(f"{v}.") for v in VOLATILE)}
 

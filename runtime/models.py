@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from runtime.networks import Networks
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -21,6 +25,8 @@ class Pretrained:
 
     path: str
     control: str = "presence"
+    transformer: str = "transformer"
+    text_length: int = 24
 
     def __post_init__(self) -> None:
         if self.control not in ("presence", "grayscale"):
@@ -38,9 +44,20 @@ class Pretrained:
         Raises:
             FileNotFoundError: a part is missing.
         """
-        for part in ("transformer", "vae"):
+        for part in (self.transformer, "vae", "text_encoder"):
             if not (self.folder / part / "config.json").is_file():
                 raise FileNotFoundError(
                     f"model.path={self.path}: {self.folder / part} has no "
                     f"config.json; train it with `make tiny`"
                 )
+
+    def load(self, device: str) -> Networks:
+        """Load all parts, frozen, in evaluation mode.
+
+        Raises:
+            FileNotFoundError: a part is missing.
+            ValueError: a part cannot be read, or the transformer's channels do not fit the VAE's.
+        """
+        from runtime.networks import load_networks
+
+        return load_networks(self, device)

@@ -54,9 +54,16 @@ class Progress:
         if self._live is not None:
             self._live.stop()
 
+    def resume(self, done: int) -> None:
+        """Begin at `done` updates: a resumed run."""
+        self.done = self._start = done
+        self._began = time.monotonic()
+        self._bar.update(self._task, completed=done)
+
     def rollout_step(self, frame: int, frames: int) -> None:
         """Report that frame `frame` (from 0) of `frames` is being generated; the very first report is a
-        line of its own."""
+        line of its own.
+        """
         if self._first:
             self._first = False
             self.note(f"first rollout step after {time.monotonic() - self._began:.1f} s")

@@ -43,7 +43,7 @@ def minibatches(settings: Settings) -> None:
     parts = getattr(settings.algorithm, "minibatches", 1)
     samples = settings.rollout.prompts * settings.rollout.group_size
     require(
-        samples % parts == 0,
+        parts >= 1 and samples % parts == 0,
         f"algorithm.minibatches={parts} does not divide the {samples} samples of an update "
         f"(rollout.prompts x rollout.group_size); use {parts_of(samples)}",
     )
@@ -51,7 +51,8 @@ def minibatches(settings: Settings) -> None:
 
 def stochasticity(settings: Settings) -> None:
     """Log-probs exist at stochastic steps only; a stochastic step needs a kernel with noise and a next
-    level above 0."""
+    level above 0.
+    """
     sigmas = settings.rollout.sigmas
     random_steps = settings.schedule.learnable
     require(

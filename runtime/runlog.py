@@ -140,7 +140,8 @@ class Wandb:
 
 def read(run_dir: Path) -> list[dict[str, Any]]:
     """Read the rows of `metrics.jsonl`, oldest first; a last line that a killed run left unfinished is left
-    out."""
+    out.
+    """
     path = run_dir / FILE
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
     return [json.loads(line) for line in lines]

@@ -135,12 +135,14 @@ class Evaluation:
         clips: number of clips.
         split: `heldout` or `hard`.
         tracker: finds the motion in generated clips; must be of another kind than the one that rewards.
+        scorer: folder of the vision tower that judges looks, under the model's folder; not the one that rewards.
     """
 
     every: int
     clips: int
     split: Literal["heldout", "hard"]
     tracker: Component
+    scorer: str
 
     def __post_init__(self) -> None:
         _at_least(self, "evaluation", 0, "every")

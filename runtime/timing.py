@@ -40,6 +40,7 @@ class PhaseTimer:
 
     def seconds(self) -> dict[str, float]:
         """Return seconds by phase in the order they first ended, then `rest`; they sum to the time since
-        `reset`."""
+        `reset`.
+        """
         total = time.perf_counter() - self._began
         return {**self._spent, "rest": total - sum(self._spent.values())}

@@ -172,7 +172,7 @@ def train_flow(
         velocity = predict(model, x0, noised(x0, eps, sigma), sigma, condition, text)
         return flow_matching_loss(velocity, x0, eps), {}
 
-    optimise(model.parameters(), Fit(stage.steps, stage.lr), loss_of, "flow", report, lambda: ema.update(model))
+    optimise(model.parameters(), Fit(stage.steps, stage.lr), loss_of, "flow", report, ema.update)
     return _averaged(model, ema)
 
 
@@ -212,14 +212,13 @@ def train_few_step(
         clean = x - level * predict(student, x0, x, sigma, condition, text)
         return (clean - end).square().mean(), {"to_data": (clean.detach() - x0).square().mean().item()}
 
-    optimise(student.parameters(), Fit(stage.steps, stage.lr), loss_of, "few-step", report, lambda: ema.update(student))
+    optimise(student.parameters(), Fit(stage.steps, stage.lr), loss_of, "few-step", report, ema.update)
     return _averaged(student, ema)
 
 
 def _averaged(model: CausalWanTransformer3DModel, ema: EMA) -> CausalWanTransformer3DModel:
-    result = copy.deepcopy(model)
-    ema.copy_to(result)
-    return result
+    with ema.swap():
+        return copy.deepcopy(model)
 
 
 def save_transformer(model: CausalWanTransformer3DModel, out: Path) -> None:

@@ -7,6 +7,7 @@ purely contrastive embedding of this size forgets what does not name an object.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ class TowerStage:
     width: int = 64
     layers: int = 3
     projection: int = 64
-    steps: int = 1500
+    steps: int = 3000
     batch: int = 48
     lr: float = 1e-3
     pool: int = 1024
@@ -140,7 +141,8 @@ def clip_loss(text: Tensor, image: Tensor, temperature: Tensor) -> Tensor:
 def _sample(pools: list[ClipPool], stage: TowerStage, step: int) -> tuple[Tensor, Tensor, Tensor, list[str]]:
     """Clean frames, damaged frames with their target scores, and prompts, keyed by the step."""
     import torch
-    from torch.nn.functional import interpolate
+
+    from metrics.clip_vision import square
 
     rng = generator(Stream.TRAINING, stage.seed, 1, step)
     pool = pools[int(rng.integers(len(pools)))]
@@ -151,16 +153,13 @@ def _sample(pools: list[ClipPool], stage: TowerStage, step: int) -> tuple[Tensor
     severity = torch.from_numpy((rng.uniform(size=stage.batch) * (rng.uniform(size=stage.batch) > 0.15)).astype("float32"))
     kinds = [str(k) for k in rng.choice(DEGRADATIONS, stage.batch)]
     damaged = degrade(frames, kinds, severity, noise)
-    size = (IMAGE_SIZE, IMAGE_SIZE)
-    clean = interpolate(clips.video[:, :, 0], size, mode="bilinear", antialias=True)
-    damaged = interpolate(damaged, size, mode="bilinear", antialias=True)
-    return clean, damaged, CLEAN_SCORE + (WORST_SCORE - CLEAN_SCORE) * severity, clips.prompts
+    return square(clips.video[:, :, 0], IMAGE_SIZE), square(damaged, IMAGE_SIZE), CLEAN_SCORE + (WORST_SCORE - CLEAN_SCORE) * severity, clips.prompts
 
 
 def train_towers(
     world: World, words: list[str], stage: TowerStage, out: Path, name: str, report: Callable[[str], None] = print
 ) -> None:
-    """Train both towers; save `out/text`, `out/tokenizer` (seed 0's run only asks for them) and `out/<name>`."""
+    """Train both towers; save `out/text_encoder`, `out/tokenizer` (seed 0's run only asks for them) and `out/<name>`."""
     import torch
     from safetensors.torch import save_file
     from torch import nn
@@ -193,7 +192,10 @@ def train_towers(
     fit = Fit(stage.steps, stage.lr, weight_decay=1e-2)
     optimise([*modules.parameters(), temperature], fit, loss_of, name, report)
     vision.save_pretrained(out / name)
+    # The towers see pixels in [-1, 1].
+    pixels = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (out / name / "preprocessor_config.json").write_text(json.dumps(pixels))
     save_file({"weight": head.weight.detach(), "bias": head.bias.detach()}, out / name / "head.safetensors")
     if name == "aesthetic":
-        text.save_pretrained(out / "text")
+        text.save_pretrained(out / "text_encoder")
         tokenizer.save_pretrained(out / "tokenizer")

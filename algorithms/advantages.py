@@ -1,0 +1,49 @@
+"""Advantages: how good a sample was, compared with the others of its group."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+STD = ("unbiased", "biased")
+
+
+def group_valid(valid: Tensor, group_size: int) -> Tensor:
+    """Drop whole groups: `[B, M]` bool that is True where every sample and frame of the group is valid."""
+    whole = valid.unflatten(0, (-1, group_size)).all(dim=2).all(dim=1)
+    return whole.repeat_interleave(group_size)[:, None].expand_as(valid)
+
+
+def group_advantage(reward: Tensor, group_size: int, std: str = "unbiased", eps: float = 1e-4) -> Tensor:
+    """Advantage relative to the group, for each latent frame on its own (AR-Drag section 3.3, below Eq. 13).
+
+    `A[b, m] = (R[b, m] - mean) / (std + eps)` over the samples of b's group. A group without spread gets exactly 0.
+
+    Args:
+        reward: `[B, M]`; samples of a group stand together.
+        group_size: G of 2 or more, dividing B.
+        std: `unbiased` divides by G - 1, `biased` by G; at G = 4 they differ by 15 %.
+        eps: added to the standard deviation, in units of reward.
+
+    Raises:
+        ValueError: a group of one, a B that G does not divide, or an unknown convention.
+    """
+    if group_size < 2 or reward.shape[0] % group_size:
+        raise ValueError(f"advantages need groups of 2 or more that divide {reward.shape[0]} samples, got {group_size}")
+    if std not in STD:
+        raise ValueError(f"unknown std convention {std!r}; choose one of {', '.join(STD)}")
+    grouped = reward.float().unflatten(0, (-1, group_size))
+    centred = grouped - grouped.mean(dim=1, keepdim=True)
+    spread = grouped.std(dim=1, keepdim=True, unbiased=std == "unbiased")
+    return (centred / (spread + eps)).flatten(0, 1)
+
+
+def shuffle_in_groups(advantage: Tensor, group_size: int, seed: int) -> Tensor:
+    """Permute whole rows of `advantage [B, M]` inside each group: the control in which nothing can be learned."""
+    import torch
+
+    draws = torch.Generator().manual_seed(seed)
+    rows = [g * group_size + torch.randperm(group_size, generator=draws) for g in range(len(advantage) // group_size)]
+    return advantage[torch.cat(rows)]

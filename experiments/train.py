@@ -1,0 +1,71 @@
+"""The one loop: roll out, score, compute advantages, update. `python experiments/train.py algorithm=grpo`.
+
+`grpo.py` and its siblings are names for it. `--help` explains every setting.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+from runtime.cli import main, setup_phase
+from runtime.config import Plan
+
+if TYPE_CHECKING:
+    from runtime.progress import Progress
+    from runtime.runlog import RunLog
+    from runtime.session import Session
+    from runtime.timing import PhaseTimer
+
+
+def run(plan: Plan) -> None:
+    """Train as the plan says; leave checkpoints, metrics, videos and a report in `run_dir`."""
+    from runtime.outcome import Outcome
+    from runtime.plan import describe
+    from runtime.progress import Progress
+    from runtime.session import Session
+    from runtime.signals import StopFlag
+    from runtime.timing import PhaseTimer
+
+    settings = plan.settings
+    with ExitStack() as stack:
+        progress = stack.enter_context(Progress(settings.updates))
+        with setup_phase():
+            session = Session(settings, plan.config)
+        progress.resume(session.iteration)
+        progress.note(describe(session))
+        stop = stack.enter_context(StopFlag())
+        log = settings.logger.open(session.run_dir, plan.config, session.iteration)
+        stack.callback(log.close)
+        outcome = Outcome(session, log, progress)
+        session.on_step = progress.rollout_step
+        outcome.evaluate()
+        timer = PhaseTimer(session.synchronize)
+        while session.iteration < settings.updates and not stop.requested:
+            iterate(session, timer, log, progress)
+            last = session.iteration == settings.updates
+            if last or stop.requested or session.iteration % settings.saving.every == 0:
+                session.save()
+            if last or (settings.evaluation.every and session.iteration % settings.evaluation.every == 0):
+                outcome.evaluate()
+        progress.note(outcome.finish())
+
+
+def iterate(session: Session, timer: PhaseTimer, log: RunLog, progress: Progress) -> None:
+    """One iteration: act, decode, score, learn, log."""
+    timer.reset()
+    with timer.phase("rollout"):
+        rollout = session.rollout()
+    with timer.phase("decode"):
+        video = session.decode(rollout)
+    with timer.phase("reward"):
+        metrics = session.score(rollout, video)
+    with timer.phase("update"):
+        metrics |= session.update(rollout)
+    seconds = timer.seconds()
+    log.log(session.iteration, {**metrics, **{f"seconds/{name}": value for name, value in seconds.items()}})
+    progress.update(session.iteration, metrics, seconds)
+
+
+if __name__ == "__main__":
+    main("train", run)

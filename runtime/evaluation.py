@@ -1,0 +1,126 @@
+"""Measure a policy on clips that training never sees: fixed noise, no stochastic step, judges that do not reward."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from data.clip import ClipBatch
+from envs.ar_video import step
+from metrics.features import ClipFeatures
+from metrics.frechet import frechet_distance
+from metrics.motion import counted, endpoint_error, per_clip
+from rewards.aesthetic import Aesthetic
+from rewards.base import RewardContext
+from tracking.trackers import Tracker, Tracks
+
+if TYPE_CHECKING:
+    from policies.actor import Actor
+    from runtime.episodes import Episodes
+
+# Part of every evaluation's identity: all runs, whatever their seed, are measured on the same noise.
+EVALUATION_SEED = 2_000_000_011
+BATCH = 32
+
+
+class Judge:
+    """What measures: a tracker and a vision tower that took no part in the reward.
+
+    Args:
+        tracker: finds the motion.
+        scorer: folder of the aesthetic model under `assets`.
+        assets: folder of the model.
+        device: torch device.
+    """
+
+    def __init__(self, tracker: Tracker, scorer: str, assets: Path, device: str) -> None:
+        self.tracker = tracker
+        self.features = ClipFeatures(model=scorer, label=f"tiny-clip:{scorer}")
+        self.features.prepare(assets, device)
+        self.aesthetic = Aesthetic(model=scorer)
+        self.aesthetic.prepare(RewardContext(device, tracker, assets))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Videos `[B, 3, T, H, W]` generated for clips, and where the judge found the touched points."""
+
+    video: Tensor
+    clips: ClipBatch
+    tracks: Tracks
+
+
+def generate(actor: Actor, state: TensorDictBase) -> Tensor:
+    """Act from an episode's start to its end; return the finished frames `[B, M, C, h, w]`."""
+    for _ in range(state["stochastic"].shape[1:].numel()):
+        state, _, _ = step(state, actor(state)["action"])
+    return state["latents"]
+
+
+def sample(actor: Actor, episodes: Episodes, clips: list[ClipBatch], judge: Judge) -> list[Sample]:
+    """Generate a video for each clip and follow its touched points; `episodes` decides steps and schedule."""
+    found, first = [], 0
+    for batch in clips:
+        videos = []
+        for begin in range(0, len(batch), BATCH):
+            part = batch.select(range(begin, min(begin + BATCH, len(batch))))
+            state, _ = episodes.begin(part, 1, EVALUATION_SEED, 0, first_prompt=first + begin)
+            videos.append(episodes.networks.video.decode(generate(actor, state)).cpu())
+        first += len(batch)
+        found.append(follow(torch.cat(videos), batch, judge))
+    return found
+
+
+def follow(video: Tensor, clips: ClipBatch, judge: Judge) -> Sample:
+    """Track the touched points of `clips` through `video`."""
+    return Sample(video, clips, judge.tracker.track(video, clips.trajectory.xy[:, :, 0]))
+
+
+def in_sight(clips: ClipBatch) -> Tensor:
+    """`[B, K, T]` bool: the touched point has been visible in the true clip from the first frame on.
+
+    Behind another sprite nobody can say where it is, and after that a tracker that lost it follows something else:
+    both would measure the tracker.
+    """
+    return clips.visible.int().cummin(dim=-1).values.bool()
+
+
+def measure(samples: list[Sample], truth: list[Sample], judge: Judge) -> dict[str, float]:
+    """Metrics over all samples.
+
+    Returns:
+        `motion_error_px` (mean over clips of the distance between asked and tracked path where the point is in sight)
+        with `motion_error_px_ci` (half-width of its 95 % interval over clips), `motion_error_px_median` (of the clips),
+        `motion_visible` (share of asked positions the tracker saw), `aesthetic` (judge's scorer), `frechet` (frames) and
+        `frechet_video`, both against the true clips.
+    """
+    errors, visible, scores = [], [], []
+    for s in samples:
+        asked = counted(s.clips.trajectory, reference=in_sight(s.clips))
+        errors.append(per_clip(endpoint_error(s.clips.trajectory, s.tracks), asked))
+        visible.append(s.tracks.visible[asked].float())
+        scores.append(judge.aesthetic.score(s.video, s.clips).value[:, 1:].flatten())
+    error = torch.cat(errors)
+    error = error[error.isfinite()]
+    frames = [_features(group, judge) for group in (samples, truth)]
+    return {
+        "motion_error_px": float(error.mean()),
+        "motion_error_px_ci": float(1.96 * error.std() / math.sqrt(len(error))),
+        "motion_error_px_median": float(error.median()),
+        "motion_visible": float(torch.cat(visible).mean()),
+        "aesthetic": float(torch.cat(scores).mean()),
+        "frechet": frechet_distance(frames[0][0], frames[1][0]),
+        "frechet_video": frechet_distance(frames[0][1], frames[1][1]),
+    }
+
+
+def _features(samples: list[Sample], judge: Judge) -> tuple[Tensor, Tensor]:
+    """One vector per latent frame after the first, and one per video."""
+    frames = torch.cat([judge.features.frames(s.video[:, :, 4::4]).flatten(0, 1) for s in samples])
+    return frames, torch.cat([judge.features.videos(s.video) for s in samples])

@@ -1,0 +1,72 @@
+"""The networks of a run, loaded: transformer, video codec, text codec."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import diffusers
+import transformers
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+from transformers import AutoTokenizer, UMT5EncoderModel
+
+from data.clip import ClipBatch
+from data.draws import Stream, normals
+from envs.control import MASK_CHANNELS, assemble_condition, heatmap
+from policies.causal_dit import CausalWanTransformer3DModel
+from policies.codecs import TextCodec, VideoCodec
+from runtime.models import Pretrained
+
+
+@dataclass(frozen=True)
+class Networks:
+    """Everything a rollout needs.
+
+    Attributes:
+        transformer: the policy's network.
+        video: codec between pixels and latents.
+        text: prompt encoder.
+        control: how a path is drawn (`Pretrained.control`).
+    """
+
+    transformer: CausalWanTransformer3DModel
+    video: VideoCodec
+    text: TextCodec
+    control: str
+
+    def condition(self, clips: ClipBatch, noise_keys: list[tuple[int, ...]], device: str) -> Tensor:
+        """What each frame is conditioned on, `[B, M, Cc, h, w]`: mask, reference image or noise, control.
+
+        Args:
+            clips: their first frames are the reference images, their trajectories the control.
+            noise_keys: key of each clip's reference noise, extended by the frame.
+        """
+        reference = self.video.encode(clips.video[:, :, :1].to(device))[:, 0]
+        drawn = heatmap(clips.trajectory, self.video.stride, self.control)
+        control = self.video.encode(drawn.to(device))
+        frames, shape = control.shape[1], control.shape[2:]
+        keys = [(*key, m) for key in noise_keys for m in range(frames)]
+        noise = normals(Stream.REFERENCE_NOISE, keys, shape).unflatten(0, (len(noise_keys), frames))
+        return assemble_condition(reference, control, noise.to(device))
+
+
+def load_networks(model: Pretrained, device: str) -> Networks:
+    """Load the parts of a folder in diffusers' layout; see `Pretrained.load`."""
+    model.check()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    folder = model.folder
+    transformer = CausalWanTransformer3DModel.from_pretrained(folder / model.transformer, local_files_only=True)
+    video = VideoCodec(AutoencoderKLWan.from_pretrained(folder / "vae", local_files_only=True))
+    expected = video.channels + MASK_CHANNELS + 2 * video.channels
+    if transformer.config.in_channels != expected:
+        raise ValueError(
+            f"model.path={model.path}: the transformer takes {transformer.config.in_channels} channels, but the VAE's "
+            f"{video.channels} latent channels make {expected} (noise, mask, reference, control)"
+        )
+    text = TextCodec(
+        AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
+        UMT5EncoderModel.from_pretrained(folder / "text_encoder", local_files_only=True),
+        model.text_length,
+    )
+    return Networks(transformer.to(device).eval(), video.to(device), text.to(device), model.control)

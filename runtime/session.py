@@ -1,0 +1,196 @@
+"""A run of an algorithm: everything an iteration needs, and the phases of one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from data.clip import ClipBatch
+from data.draws import Stream, generator
+from envs.rollout import RolloutCollector
+from envs.schedules import Deterministic
+from policies.actor import Actor
+from policies.adapters import ReferencePolicy
+from policies.causality import Causality
+from policies.ema import EMA
+from rewards.base import RewardContext
+from rewards.composite import Composite, metrics_of
+from runtime import checkpoint
+from runtime.episodes import Episodes, fixed_clips
+from runtime.evaluation import Judge, Sample, follow, measure, sample
+from runtime.settings import Settings
+
+# Acting and re-scoring are the same computation batched differently: what is left is rounding.
+LARGEST_GAP = 1e-5
+
+
+class Session:
+    """Models, episodes, rewards and optimizer of one run; each phase of an iteration is a method.
+
+    An iteration follows from (weights, optimizer, iteration number, seed) alone.
+
+    Raises:
+        ValueError, FileNotFoundError: models, clips or checkpoint cannot be used; one line.
+    """
+
+    def __init__(self, settings: Settings, config: dict[str, Any]) -> None:
+        self.settings, self.config = settings, config
+        assert settings.run_dir is not None
+        self.run_dir = Path(settings.run_dir)
+        self.device = _device(settings.device)
+        settings.engine.setup()
+        networks = settings.model.load(self.device)
+        r = settings.rollout
+        causality = Causality(r.chunk, r.window, r.sink, r.history_gradient)
+        self.episodes = Episodes(settings.world, networks, r, settings.schedule, self.device)
+        settings.adaptation.apply(networks.transformer, settings.seed)
+        if settings.checkpoint is not None:
+            # Before the reference is made: the KL is to the policy that this run starts from.
+            self._load_weights(checkpoint.load(Path(settings.checkpoint)))
+        self.actor = Actor(networks.transformer, settings.transition, causality)
+        self.parameters = [p for p in networks.transformer.parameters() if p.requires_grad]
+        reference = ReferencePolicy(self.actor, settings.adaptation) if settings.algorithm.kl_weight > 0 else None
+        self.loss_module = settings.algorithm.loss_module(self.actor, reference)
+        self.ema = EMA(networks.transformer, settings.optimizer.ema) if settings.optimizer.ema > 0 else None
+        self.rewards = Composite(terms=settings.reward, **asdict(settings.scoring))
+        self.rewards.prepare(RewardContext(self.device, settings.tracker, settings.model.folder))
+        o = settings.optimizer
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=o.lr, betas=(o.betas[0], o.betas[1]), weight_decay=o.weight_decay
+        )
+        self.collector = RolloutCollector(self.actor, self._next_start)
+        self.on_step: Callable[[int, int], None] = lambda frame, frames: None
+        self.actor.register_forward_hook(lambda actor, args, state: self._acted(args[0]))
+        self.judge = Judge(settings.evaluation.tracker, settings.evaluation.scorer, settings.model.folder, self.device)
+        clips = fixed_clips(settings.world, settings.evaluation.split, settings.evaluation.clips)
+        self.truth = [follow(batch.video, batch, self.judge) for batch in clips]
+        self.iteration = 0
+        self._clips: ClipBatch
+        if settings.resume:
+            self._resume()
+
+    def rollout(self) -> TensorDictBase:
+        """Act: one rollout of this iteration's clips."""
+        self.actor.reset()
+        return self.collector.collect()
+
+    def decode(self, rollout: TensorDictBase) -> Tensor:
+        """Videos `[B, 3, T, H, W]` of a rollout."""
+        return self.episodes.networks.video.decode(rollout["latents"][:, :, -1])
+
+    def score(self, rollout: TensorDictBase, video: Tensor) -> dict[str, float]:
+        """Add reward terms, reward, validity and advantages to a rollout; return what to log."""
+        group = self.settings.rollout.group_size
+        terms = self.rewards.evaluate(video, self._clips)
+        rollout.update(self.rewards.add(terms, group))
+        metrics = self.settings.algorithm.prepare(rollout, group)
+        named = {f"reward_terms/{k}" if k in terms else k: v for k, v in metrics_of(terms).items()}
+        valid = rollout["valid"]
+        reward = float(rollout["reward"][valid].mean()) if bool(valid.any()) else float("nan")
+        return {"reward": reward, **named, **metrics}
+
+    def update(self, rollout: TensorDictBase) -> dict[str, float]:
+        """Learn from a scored rollout; return means over its mini-batches.
+
+        Raises:
+            RuntimeError: re-scored log-probs differ from those of acting by more than rounding on the first mini-batch.
+        """
+        algorithm, engine = self.settings.algorithm, self.settings.engine
+        rows: list[dict[str, float]] = []
+        for epoch in range(algorithm.epochs):
+            for indices in self._minibatches(epoch):
+                losses = self.loss_module(rollout[indices])
+                if not rows:
+                    self._check_gap(float(losses["log_prob_gap"]))
+                engine.backward(sum(v for k, v in losses.items() if k.startswith("loss_")))
+                norm = engine.step(self.optimizer, self.parameters, self.settings.optimizer.grad_clip)
+                rows.append({**{k: float(v.detach()) for k, v in losses.items()}, "grad_norm": norm})
+        if self.ema is not None:
+            self.ema.update()
+        self.iteration += 1
+        means = {k: sum(row[k] for row in rows) / len(rows) for k in rows[0]}
+        # After the first mini-batch the weights have moved: only the first gap is rounding.
+        return {**means, "log_prob_gap": rows[0]["log_prob_gap"]}
+
+    def evaluate(self) -> tuple[dict[str, float], list[Sample]]:
+        """Measure the policy (its averaged weights where there are some) on the held-out clips."""
+        episodes = replace(self.episodes, schedule=Deterministic())
+        clips = [s.clips for s in self.truth]
+        if self.ema is None:
+            samples = sample(self.actor, episodes, clips, self.judge)
+        else:
+            with self.ema.swap():
+                samples = sample(self.actor, episodes, clips, self.judge)
+        return measure(samples, self.truth, self.judge), samples
+
+    def save(self) -> Path:
+        """Write a checkpoint of this iteration."""
+        transformer = self.episodes.networks.transformer
+        tensors = {
+            "weights": {k: v for k, v in transformer.named_parameters() if v.requires_grad},
+            "optimizer": checkpoint.optimizer_tensors(self.optimizer),
+        }
+        if self.ema is not None:
+            tensors["ema"] = self.ema.state_dict()
+        snapshot = checkpoint.Snapshot(self.iteration, self.config, tensors)
+        return checkpoint.save(self.run_dir, snapshot, self.settings.saving.keep)
+
+    def synchronize(self) -> None:
+        """Wait for the device, so that a phase's seconds are its own."""
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize(self.device)
+
+    def _acted(self, state: TensorDictBase) -> None:
+        self.on_step(int(state["frame"][0]), state["stochastic"].shape[1])
+
+    def _next_start(self) -> TensorDictBase:
+        state, self._clips = self.episodes.training(self.settings.seed, self.iteration)
+        return state
+
+    def _minibatches(self, epoch: int) -> list[Tensor]:
+        count = self.settings.rollout.prompts * self.settings.rollout.group_size
+        rng = generator(Stream.TRAINING, self.settings.seed, self.iteration, 2, epoch)
+        parts = self.settings.algorithm.minibatches
+        order = torch.arange(count) if parts == 1 else torch.from_numpy(rng.permutation(count))
+        return list(order.to(self.device).chunk(parts))
+
+    def _check_gap(self, gap: float) -> None:
+        if not gap <= LARGEST_GAP:
+            raise RuntimeError(
+                f"re-scored log-probs differ from those of acting by {gap:.2e} (at most {LARGEST_GAP:.0e} is rounding): "
+                f"policy and environment disagree, nothing learned from this is right"
+            )
+
+    def _load_weights(self, snapshot: checkpoint.Snapshot) -> None:
+        own = {k: v for k, v in self.episodes.networks.transformer.named_parameters() if v.requires_grad}
+        found = snapshot.tensors["weights"]
+        if own.keys() != found.keys():
+            odd = sorted(own.keys() ^ found.keys())
+            raise ValueError(f"the checkpoint trains other weights: {odd[0]} and {len(odd) - 1} more; use its adaptation")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(found[name])
+
+    def _resume(self) -> None:
+        newest = checkpoint.latest(self.run_dir)
+        if newest is None:
+            return
+        snapshot = checkpoint.load(newest)
+        checkpoint.refuse_mismatch(snapshot.config, self.config)
+        self._load_weights(snapshot)
+        checkpoint.restore_optimizer(self.optimizer, snapshot.tensors["optimizer"])
+        if self.ema is not None:
+            self.ema.load_state_dict(snapshot.tensors["ema"])
+        self.iteration = snapshot.step
+
+
+def _device(name: str) -> str:
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
