@@ -35,6 +35,8 @@ def group_advantage(reward: Tensor, group_size: int, std: str = "unbiased", eps:
     if std not in STD:
         raise ValueError(f"unknown std convention {std!r}; choose one of {', '.join(STD)}")
     grouped = reward.float().unflatten(0, (-1, group_size))
+    # Measured from the first sample: the mean of equal numbers is rounded, and eps would blow up what is left.
+    grouped = grouped - grouped[:, :1]
     centred = grouped - grouped.mean(dim=1, keepdim=True)
     spread = grouped.std(dim=1, keepdim=True, unbiased=std == "unbiased")
     return (centred / (spread + eps)).flatten(0, 1)

@@ -62,7 +62,7 @@ class GRPO:
         """Add `advantage [B, M]` and `mask [B, M, N]` (stochastic steps of groups that are valid) to a scored rollout.
 
         Returns:
-            Numbers to log: spread inside groups, groups dropped.
+            Numbers to log: spread inside the groups kept (nan where none is), groups dropped.
         """
         from algorithms.advantages import group_advantage, group_valid, shuffle_in_groups
 
@@ -73,9 +73,9 @@ class GRPO:
             advantage = shuffle_in_groups(advantage, group_size, seed_of(Stream.TRAINING, seed, iteration, 1))
         rollout["advantage"] = advantage
         rollout["mask"] = rollout["stochastic"] & valid[..., None]
-        spread = rollout["reward"].unflatten(0, (-1, group_size)).std(dim=1)
-        dropped = (~valid[::group_size, 0]).sum()
-        return {"group_std": float(spread[:, 1:].mean()), "groups_dropped": float(dropped)}
+        kept = valid[::group_size, 0]
+        spread = rollout["reward"].unflatten(0, (-1, group_size)).std(dim=1)[kept]
+        return {"group_std": float(spread[:, 1:].mean()), "groups_dropped": float((~kept).sum())}
 
     def loss_module(self, actor: Actor, reference: ReferencePolicy | None) -> Any:
         """The TorchRL `LossModule` of this algorithm."""

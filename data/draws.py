@@ -1,5 +1,8 @@
 """Keyed random draws: every number is a function of (stream, seed, iteration, prompt, sample, frame, step).
 
+Each use of a stream has keys of one fixed length: numpy's SeedSequence pads short keys with zeros, so (7,) and (7, 0)
+name the same draws.
+
 No call in this project relies on a global generator. A resumed run, another batch split or another number of
 processes therefore draws the same numbers.
 """

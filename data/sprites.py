@@ -1,8 +1,8 @@
 """`world=sprites`: rendered clips whose tracks, visibility and text are known exactly.
 
-Textured sprites and unnamed distractors move over a textured background: they speed up, turn, hide each other and leave
-the frame, while the camera pans. Everything is an analytic function of the clip's key, so a clip is rendered on demand,
-no frame is stored, and the touched point's track is exact to the float.
+Textured sprites and unnamed distractors move over a textured background: they speed up, turn, hide each other
+and leave the frame, while the camera pans. Everything is an analytic function of the clip's key, so a clip is
+rendered on demand, no frame is stored, and the touched point's track is exact to the float.
 """
 
 from __future__ import annotations
@@ -73,8 +73,12 @@ class Sprites:
             raise ValueError(f"world.max_sprites must be 1 or more, got {self.max_sprites}")
         if self.max_distractors < 0:
             raise ValueError(f"world.max_distractors must be 0 or more, got {self.max_distractors}")
-        if not (self.speed > 0 and self.pan >= 0 and self.fps > 0):
-            raise ValueError("world.speed and world.fps must be positive and world.pan not negative")
+        if self.seed < 0:
+            raise ValueError(f"world.seed must be 0 or more, got {self.seed}")
+        if not (0 < self.speed < np.inf and 0 <= self.pan < np.inf and 0 < self.fps < np.inf):
+            raise ValueError("world.speed and world.fps must be positive, world.pan 0 or more, all finite")
+        if not self.sizes:
+            raise ValueError("world.sizes is empty; name one frame size or more, such as 32x32")
         for height, width in self.buckets:
             if height % 8 or width % 8 or min(height, width) < 16:
                 raise ValueError(f"world.sizes: {height}x{width} must be multiples of 8, 16 or more")
@@ -170,7 +174,7 @@ def _draw_scene(world: Sprites, rng: np.random.Generator, height: int, width: in
     sprites = []
     for i in range(count + distractors):
         small = i >= count
-        radius = float(rng.uniform(2.0, 3.0) if small else rng.uniform(4.0, 6.5))
+        radius = float(rng.uniform(2.5, 3.5) if small else rng.uniform(4.5, 7.0))
         sprites.append(
             _Sprite(
                 shape=str(rng.choice(SHAPES[:-1] if small else SHAPES)),
@@ -179,19 +183,19 @@ def _draw_scene(world: Sprites, rng: np.random.Generator, height: int, width: in
                 radius=radius,
                 path=_wander(rng, world.frames, height, width, speed) - camera,
                 phase=float(rng.uniform(0, 2 * np.pi)),
-                scale=float(rng.uniform(0.9, 1.4)),
+                scale=float(rng.uniform(0.6, 0.9)),
             )
         )
     touched = 0
-    angle, reach = rng.uniform(0, 2 * np.pi), 0.4 * sprites[0].radius * np.sqrt(rng.uniform())
-    offset = reach * np.array([np.cos(angle), np.sin(angle)])
+    angle, reach = rng.uniform(0, 2 * np.pi), _reach(sprites[0].shape, np.sqrt(rng.uniform()))
+    offset = reach * sprites[0].radius * np.array([np.cos(angle), np.sin(angle)])
     order = _painting_order(rng, sprites, touched, offset)
     return _Scene(
         ground=str(rng.choice(list(GROUNDS))),
         waves=np.stack(
             [
-                rng.normal(0, 0.45, 6),
-                rng.normal(0, 0.45, 6),
+                rng.normal(0, 0.3, 6),
+                rng.normal(0, 0.3, 6),
                 rng.uniform(0, 2 * np.pi, 6),
                 rng.uniform(0.3, 1.0, 6),
             ],
@@ -205,8 +209,15 @@ def _draw_scene(world: Sprites, rng: np.random.Generator, height: int, width: in
     )
 
 
-def _painting_order(rng: np.random.Generator, sprites: list[_Sprite], touched: int, offset: Array) -> list[int]:
-    """A random order in which the touched point can be seen in the first frame: nobody drags what is hidden."""
+def _reach(shape: str, u: float) -> float:
+    """How far from the centre a sprite is touched, in radii, for u in [0, 1]: a ring's middle is a hole."""
+    return 0.5 + 0.3 * u if shape == "ring" else 0.4 * u
+
+
+def _painting_order(
+    rng: np.random.Generator, sprites: list[_Sprite], touched: int, offset: Array
+) -> list[int]:
+    """A random order in which the touched point is seen in the first frame: nobody drags what is hidden."""
     order = [int(j) for j in rng.permutation(len(sprites))]
     point = sprites[touched].path[0] + offset
     above = order[order.index(touched) + 1 :]
@@ -232,7 +243,8 @@ def _wander(rng: np.random.Generator, frames: int, height: int, width: int, spee
     heading = to_centre + rng.normal(0, 0.9)
     t = np.linspace(0, 1, frames)
     turn = rng.normal(0, 1.6) * t + rng.normal(0, 0.9) * np.sin(2 * np.pi * t + rng.uniform(0, 2 * np.pi))
-    pace = speed * rng.uniform(0.5, 1.5) * (1 + rng.uniform(-0.7, 0.7) * np.cos(np.pi * t * rng.uniform(1, 2.5)))
+    base, swing, beat = speed * rng.uniform(0.5, 1.5), rng.uniform(-0.7, 0.7), rng.uniform(1, 2.5)
+    pace = base * (1 + swing * np.cos(np.pi * t * beat))
     steps = pace[:, None] * np.stack([np.cos(heading + turn), np.sin(heading + turn)], axis=1)
     return np.asarray(start + np.cumsum(steps, axis=0) - steps[0])
 
@@ -246,7 +258,7 @@ def _intensity(rng: np.random.Generator, frames: int) -> Array:
 def _render(scene: _Scene, frames: int, height: int, width: int) -> Array:
     """Paint background, then sprites in order: `[3, T, H, W]` in [-1, 1]."""
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
-    wx, wy = (x + scene.camera[:, 0, None, None]).astype(np.float32), (y + scene.camera[:, 1, None, None]).astype(np.float32)
+    wx, wy = ((a + c[:, None, None]).astype(np.float32) for a, c in zip((x, y), scene.camera.T, strict=True))
     wave = sum(a * np.sin(kx * wx + ky * wy + p) for kx, ky, p, a in scene.waves.tolist())
     mix = 0.5 + 0.5 * np.tanh(0.8 * np.asarray(wave))
     low, high = (np.array(c, np.float32)[:, None, None, None] for c in GROUNDS[scene.ground])
@@ -319,6 +331,6 @@ def _describe(scene: _Scene) -> str:
 
 def vocabulary() -> list[str]:
     """Every word that `_describe` can write."""
-    words = "a moves over with and".split()
+    words = ("a", "moves", "over", "with", "and")
     parts = (*COLOURS, *SHAPES, *TEXTURES, *HARD_TEXTURES, *GROUNDS, *DIRECTIONS)
     return sorted({w for text in (*words, *parts) for w in text.split()})

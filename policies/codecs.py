@@ -18,6 +18,9 @@ class VideoCodec(nn.Module):
         vae: a Wan VAE; `config.latents_mean` and `latents_std` normalise its latents.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, vae: AutoencoderKLWan) -> None:
         super().__init__()
         self.vae = vae.eval().requires_grad_(False)
@@ -50,7 +53,9 @@ class VideoCodec(nn.Module):
             ValueError: T is not 1 + 4 k.
         """
         if video.shape[2] % 4 != 1:
-            raise ValueError(f"a video of {video.shape[2]} frames cannot be encoded; the VAE takes 1 + 4 k frames")
+            raise ValueError(
+                f"a video of {video.shape[2]} frames cannot be encoded; the VAE takes 1 + 4 k frames"
+            )
         video = video.contiguous(memory_format=torch.channels_last_3d)
         latents = self.vae.encode(video).latent_dist.mode().transpose(1, 2)
         return ((latents - self.mean) / self.std).contiguous()
@@ -122,11 +127,13 @@ class TextCodec(nn.Module):
 
     def tokens(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Token ids and attention mask, both `[B, L]`."""
-        out = self.tokenizer(list(prompts), padding="max_length", max_length=self.length, return_tensors="pt")
-        if out.input_ids.shape[1] > self.length:
-            longest = max(prompts, key=lambda p: len(self.tokenizer(p).input_ids))
-            raise ValueError(f"a prompt has more than {self.length} tokens; shorten it: {longest[:60]!r}...")
-        return out.input_ids, out.attention_mask
+        out = self.tokenizer(list(prompts), padding="max_length", max_length=self.length)
+        for prompt, ids in zip(prompts, out.input_ids, strict=True):
+            if len(ids) > self.length:
+                raise ValueError(
+                    f"a prompt has more than {self.length} tokens; shorten it: {prompt[:60]!r}..."
+                )
+        return torch.tensor(out.input_ids), torch.tensor(out.attention_mask)
 
 
 def use_channels_last(module: nn.Module) -> None:

@@ -38,9 +38,9 @@ LINES = {  # key: title; what is drawn after the rewards and the motion error
 def plot(metrics_path: Path, out_png: Path) -> Path:
     """Draw what a run's `metrics.jsonl` holds and write it as PNG; what it does not hold is left out.
 
-    Panels: reward and each of its terms, motion error in pixels in training and at evaluations, spread inside a group,
-    KL, clip fraction, ratio deviation, agreement of log-probs, gradient norm, seconds by phase (stacked). Values that
-    are not finite are gaps. The x axis is the update (`update`, else `step`).
+    Panels: motion error in pixels in training and at evaluations, reward and each of its terms, spread inside
+    a group, KL, clip fraction, ratio deviation, agreement of log-probs, gradient norm, seconds by phase
+    (stacked). Values that are not finite are gaps. The x axis is the update (`update`, else `step`).
 
     Returns:
         `out_png`.
@@ -53,9 +53,7 @@ def plot(metrics_path: Path, out_png: Path) -> Path:
     from matplotlib.figure import Figure
 
     if metrics_path.name != runlog.FILE or not metrics_path.is_file():
-        raise FileNotFoundError(
-            f"no {runlog.FILE} at {metrics_path}; a run writes it after its first update"
-        )
+        raise FileNotFoundError(f"no {runlog.FILE} at {metrics_path}; a run writes it after its first update")
     rows = runlog.read(metrics_path.parent)
     panels = _panels(rows)
     if not panels:

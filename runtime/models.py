@@ -26,7 +26,7 @@ class Pretrained:
     path: str
     control: str = "presence"
     transformer: str = "transformer"
-    text_length: int = 24
+    text_length: int = 32
 
     def __post_init__(self) -> None:
         if self.control not in ("presence", "grayscale"):

@@ -7,11 +7,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import yaml
 
 from runtime.checkpoint import versions
 from runtime.evaluation import Sample, measure
 from runtime.plan import schedule_picture
+from tracking.trackers import Tracks
 
 if TYPE_CHECKING:
     from runtime.progress import Progress
@@ -47,8 +49,7 @@ class Outcome:
         self.progress.phase("evaluation")
         metrics, samples = self.session.evaluate()
         self.curve.append({"update": update, **metrics})
-        if update:
-            self.log.log(update, {f"eval/{name}": value for name, value in metrics.items()})
+        self.log.log(update, {f"eval/{name}": value for name, value in metrics.items()})
         self.progress.note(
             f"evaluation after update {update}: motion error {metrics['motion_error_px']:.3f} "
             f"± {metrics['motion_error_px_ci']:.3f} px, aesthetic {metrics['aesthetic']:.3f}, "
@@ -63,17 +64,28 @@ class Outcome:
         from runtime import curves, report
 
         run_dir, first, last = self.session.run_dir, self.curve[0], self.curve[-1]
-        curves.plot(run_dir / "metrics.jsonl", run_dir / "curves.png")
-        self._write_environment()
-        page = report.write(run_dir)
         if self.session.iteration < self.session.settings.updates:
             return f"stopped after update {self.session.iteration}; go on with: run_dir={run_dir} resume=true"
+        curves.plot(run_dir / "metrics.jsonl", run_dir / "curves.png")
+        kept = [(name, [self._kept(name, i) for i in range(len(self.session.truth))]) for name in ("before", "after")]
+        draw_samples(run_dir / "videos", [("true clip", self.session.truth), *kept])
+        self._write_environment()
+        page = report.write(run_dir)
         gain = 100 * (1 - last["motion_error_px"] / first["motion_error_px"])
         return (
             f"held-out motion error {first['motion_error_px']:.3f} -> {last['motion_error_px']:.3f} px ({gain:+.1f} % better; "
             f"true clips {self.truth['motion_error_px']:.3f}), aesthetic {first['aesthetic']:.3f} -> {last['aesthetic']:.3f}, "
             f"Frechet {first['frechet']:.4f} -> {last['frechet']:.4f}\nreport: {page}"
         )
+
+    def _kept(self, name: str, size: int) -> Sample:
+        """Samples that `_keep` saved, of one frame size."""
+        from safetensors.torch import load_file
+
+        found = load_file(self.session.run_dir / "samples" / f"{name}_{size}.safetensors")
+        clips = self.session.truth[size].clips.select(range(len(found["video"])))
+        seen = torch.ones(found["tracks"].shape[:-1])
+        return Sample(found["video"], clips, Tracks(found["tracks"], seen.bool(), seen))
 
     def _keep(self, samples: list[Sample], name: str) -> None:
         """Save the shown samples' videos and tracks, so that a report can be made from the folder alone."""
@@ -115,8 +127,6 @@ class Outcome:
         import shlex
         import sys
 
-        import torch
-
         facts = {
             "command": shlex.join(["python", *sys.argv]),
             "seed": self.session.settings.seed,
@@ -127,3 +137,24 @@ class Outcome:
             "versions": versions(),
         }
         (self.session.run_dir / "environment.json").write_text(json.dumps(facts, indent=1))
+
+
+def draw_samples(folder: Path, columns: list[tuple[str, list[Sample]]]) -> None:
+    """Write `<n>.mp4` and a contact sheet for the first clips of every frame size: a panel per column.
+
+    Args:
+        folder: where to write.
+        columns: title and samples (one entry per frame size); the first column's clips are drawn.
+    """
+    from runtime import videos
+
+    sizes = len(columns[0][1])
+    shown = -(-SHOWN // sizes)
+    for size in range(sizes):
+        clips = columns[0][1][size].clips
+        for row in range(min(shown, len(clips))):
+            asked = clips.trajectory.row(row)
+            scale = max(1, 256 // min(asked.height, asked.width))
+            panels = [videos.draw(s[size].video[row], asked, s[size].tracks.xy[row], scale) for _, s in columns]
+            path = folder / f"{size * shown + row:02d}.mp4"
+            videos.write_comparison(path, panels, [title for title, _ in columns], clips.prompts[row], asked.fps)

@@ -1,4 +1,4 @@
-"""One page that shows a finished run, with everything in it: `report.html`, made from the files of the run's folder."""
+"""One page that shows a finished run and holds all of it: `report.html`, made from files of its folder."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime import runlog, videos
+from runtime.report_page import PAGE
 
 FILE = "report.html"
 SETS = ("before", "after", "truth")
@@ -19,7 +20,7 @@ SETS = ("before", "after", "truth")
 METRICS = {  # key: label, unit, which way is better
     "motion_error_px": ("Motion error", "px", "lower"),
     "motion_error_px_median": ("Motion error, median clip", "px", "lower"),
-    "motion_visible": ("Asked positions at which the tracker sees the point", "share", "higher"),
+    "motion_visible": ("Asked positions with the point in sight", "share", "higher"),
     "reward": ("Reward", "", "higher"),
     "aesthetic": ("Aesthetic score", "", "higher"),
     "frechet": ("Fréchet distance", "", "lower"),
@@ -49,12 +50,18 @@ class Change:
     percent: str
     verdict: str
 
+    @property
+    def arrow(self) -> str:
+        """`1.95 → 1.43`, without spreads."""
+        ends = [self.values[name] for name in ("before", "after") if name in self.values]
+        return " → ".join(text.split(" ± ")[0] for text in ends)
+
 
 def write(run_dir: Path) -> Path:
     """Write `report.html` into a run's folder; a part whose file is absent is left out.
 
-    Reads `evaluation.json`, `metrics.jsonl`, `curves.png`, `videos/*.mp4`, `config.yaml` and `environment.json`. Nothing
-    in the page is loaded from elsewhere, so it can be sent to a colleague as it is.
+    Reads `evaluation.json`, `metrics.jsonl`, `curves.png`, `videos/*.mp4`, `config.yaml` and
+    `environment.json`. Nothing in the page is loaded from elsewhere: it can be sent to a colleague as it is.
 
     Returns:
         Path of the page.
@@ -70,7 +77,7 @@ def write(run_dir: Path) -> Path:
     evaluation, environment = _json(run_dir / "evaluation.json"), _json(run_dir / "environment.json")
     table = changes(evaluation)
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    html = page.from_string(_PAGE).render(
+    html = page.from_string(PAGE).render(
         name=run_dir.resolve().name,
         sentences=headline(evaluation),
         cards=[table[key] for key in CARDS if key in table] + training_reward(runlog.read(run_dir), table),
@@ -85,7 +92,7 @@ def write(run_dir: Path) -> Path:
         curves=_base64(run_dir / "curves.png"),
         config=_text(run_dir / "config.yaml"),
         command=environment.get("command"),
-        environment=[(key.replace("_", " "), _shown(key, value)) for key, value in environment.items()],
+        facts=[_fact(key, value) for key, value in environment.items() if key != "command"],
     )
     path = run_dir / FILE
     path.write_text(html, encoding="utf-8")
@@ -100,7 +107,7 @@ def changes(evaluation: Mapping[str, Any]) -> dict[str, Change]:
 
 
 def headline(evaluation: Mapping[str, Any]) -> list[str]:
-    """Say in sentences what became of the motion error; no claim where the file does not hold both numbers."""
+    """Say in sentences what became of the motion error; no comparison where one of the numbers is missing."""
     key = "motion_error_px"
     before, after = (_number((evaluation.get(name) or {}).get(key)) for name in ("before", "after"))
     if after is None:
@@ -119,7 +126,7 @@ def headline(evaluation: Mapping[str, Any]) -> list[str]:
 
 
 def training_reward(rows: Sequence[Mapping[str, Any]], table: Mapping[str, Change]) -> list[Change]:
-    """The mean training reward of the first and of the last tenth of the updates, where no evaluation has one."""
+    """Mean training reward of the first and the last tenth of the updates, where no evaluation has one."""
     rewards = [value for row in rows if (value := _number(row.get("reward"))) is not None]
     if "reward" in table or len(rewards) < 2:
         return []
@@ -154,7 +161,8 @@ def _change(key: str, sets: Mapping[str, Mapping[str, Any]]) -> Change:
 
 
 def _is_metric(key: str, values: Mapping[str, Any]) -> bool:
-    return not key.endswith(CI) and isinstance(values[key], (int, float)) and not isinstance(values[key], bool)
+    number = isinstance(values[key], (int, float)) and not isinstance(values[key], bool)
+    return number and key != "update" and not key.endswith(CI)
 
 
 def _rank(key: str) -> tuple[int, str]:
@@ -169,16 +177,16 @@ def _number(value: Any) -> float | None:
 
 
 def _value(key: str, row: Mapping[str, Any]) -> str:
-    """`1.43 ± 0.15`; a dash where there is no finite number."""
+    """`1.43 ± 0.15`; `n/a` where there is no finite number."""
     value, spread = _number(row.get(key)), _number(row.get(key + CI))
     if value is None:
-        return "–"
+        return "n/a"
     style = ".2f" if METRICS.get(key, ("", "", ""))[1] in ("px", "share") else "#.4g"
     return f"{value:{style}}" + (f" ± {spread:{style}}" if spread is not None else "")
 
 
 def _percent(before: float, after: float) -> str:
-    return f"{100 * (after - before) / abs(before):+.1f} %".replace("-", "−") if before else ""
+    return f"{100 * (after - before) / abs(before):+.1f} %" if before else ""
 
 
 def _measured(evaluation: Mapping[str, Any]) -> str:
@@ -193,12 +201,15 @@ def _measured(evaluation: Mapping[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def _shown(key: str, value: Any) -> str:
+def _fact(key: str, value: Any) -> tuple[str, str]:
+    """Name and text of an entry of `environment.json`; `<name>_seconds` becomes h:mm:ss."""
+    name = key.replace("_", " ")
+    seconds = _number(value) if key.endswith("_seconds") else None
+    if seconds is not None:
+        return name.replace(" seconds", " time (h:mm:ss)"), str(timedelta(seconds=round(seconds)))
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {inner}" for name, inner in value.items())
-    if key.endswith("seconds") and _number(value) is not None:
-        return str(timedelta(seconds=round(value)))
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        return name, ", ".join(f"{part} {inner}" for part, inner in value.items())
+    return name, ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -219,110 +230,3 @@ def _text(path: Path) -> str:
 
 def _base64(path: Path) -> str:
     return base64.b64encode(path.read_bytes()).decode() if path.is_file() else ""
-
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ name }}</title>
-<style>
-:root { color-scheme: light; --ink: #1c2330; --soft: #5b6575; --line: #dfe3ea; --good: #00684a; --bad: #a8320a; }
-body { font: 16px/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; color: var(--ink); background: #fff;
-       max-width: 1080px; margin: 2rem auto; padding: 0 1.2rem; }
-h1 { font-size: 1.5rem; margin-bottom: .2rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; border-bottom: 1px solid var(--line); padding-bottom: .2rem; }
-.lead { font-size: 1.15rem; margin: .2rem 0; } .soft { color: var(--soft); font-size: .9rem; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(215px, 1fr)); gap: .8rem; margin: 1.2rem 0; }
-.card { border: 1px solid var(--line); border-radius: 8px; padding: .7rem .9rem; }
-.card b { display: block; font-size: 1.3rem; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.better { color: var(--good); } .worse { color: var(--bad); }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: .3rem .9rem; border-bottom: 1px solid var(--line); vertical-align: top;
-         white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; white-space: normal; } th { font-weight: 600; }
-.facts td { text-align: left; font-size: .9rem; white-space: normal; }
-.dot { display: inline-block; width: .8em; height: .8em; border-radius: 50%; border: 1px solid #222; margin: 0 .3em 0 0; }
-video, img { max-width: 100%; height: auto; display: block; } figure { margin: 1rem 0 1.8rem; }
-pre { background: #f5f7fa; border: 1px solid var(--line); border-radius: 6px; padding: .7rem .9rem; overflow-x: auto;
-      font: .85rem/1.4 ui-monospace, "DejaVu Sans Mono", monospace; }
-details { margin: .8rem 0; } summary { cursor: pointer; } .wide { overflow-x: auto; }
-</style>
-</head>
-<body>
-<h1>{{ name }}</h1>
-{% for sentence in sentences %}
-<p class="lead">{{ sentence }}</p>
-{% endfor %}
-{% if measured %}
-<p class="soft">Measured on {{ measured }}.</p>
-{% endif %}
-{% if cards %}
-<div class="cards">
-{% for card in cards %}
-<div class="card"><span class="soft">{{ card.label }}{{ ", " + card.unit if card.unit }}</span>
-<b>{{ card["values"].values() | reject("equalto", card["values"].get("truth")) | map("trim") | join(" → ") }}</b>
-<span class="{{ card.verdict }}">{{ card.percent }} {{ card.verdict }}</span></div>
-{% endfor %}
-</div>
-{% endif %}
-{% if table %}
-<h2>Before and after</h2>
-<div class="wide"><table>
-<tr><th>Metric</th>{% for name in sets %}<th>{{ name }}</th>{% endfor %}<th>change</th></tr>
-{% for row in table %}
-<tr><td>{{ row.label }}{{ ", " + row.unit if row.unit }}
-{% if row.better %}<span class="soft">({{ row.better }} is better)</span>{% endif %}</td>
-{% for name in sets %}<td>{{ row["values"][name] }}</td>{% endfor %}
-<td class="{{ row.verdict }}">{{ row.percent }} {{ row.verdict }}</td></tr>
-{% endfor %}
-</table></div>
-<p class="soft">± is half of a 95 % interval over clips. truth: the true clips, measured in the same way.
-{% if extractor %}Fréchet distances use {{ extractor }}; they cannot be compared with those of another extractor.{% endif %}</p>
-{% endif %}
-{% if course.body %}
-<details><summary>Every evaluation of the run</summary><div class="wide"><table>
-<tr>{% for head in course.head %}<th>{{ head | select | join(", ") }}</th>{% endfor %}</tr>
-{% for row in course.body %}
-<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}
-</table></div></details>
-{% endif %}
-{% if videos %}
-<h2>Videos</h2>
-<p class="soft">{% for colour, text in legend %}<span class="dot" style="background: {{ colour }}"></span>{{ text }} &ensp;
-{% endfor %} The closer magenta follows yellow, the better.</p>
-{% for title, data in videos %}
-<figure><video autoplay loop muted playsinline controls aria-label="{{ title }}" src="data:video/mp4;base64,{{ data }}"></video>
-<figcaption class="soft">{{ title }}</figcaption></figure>
-{% endfor %}
-{% endif %}
-{% if curves %}
-<h2>Curves</h2>
-<img alt="Metrics over the updates of the run" src="data:image/png;base64,{{ curves }}">
-{% endif %}
-{% if schedule %}
-<h2>Schedule of stochastic steps</h2>
-<pre>{{ schedule }}</pre>
-<p class="soft">● stochastic step, · deterministic step; columns are noise levels.</p>
-{% endif %}
-{% if command or environment or config %}
-<h2>Reproduce</h2>
-{% if command %}
-<pre>{{ command }}</pre>
-{% endif %}
-{% if environment %}
-<table class="facts">
-{% for key, value in environment if key != "command" %}
-<tr><td>{{ key }}</td><td>{{ value }}</td></tr>
-{% endfor %}
-</table>
-{% endif %}
-{% if config %}
-<details><summary>Resolved configuration</summary><pre>{{ config }}</pre></details>
-{% endif %}
-{% endif %}
-</body>
-</html>
-"""

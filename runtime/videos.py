@@ -1,7 +1,7 @@
-"""Videos a person can judge by eye: the asked and the tracked path on enlarged frames, panels side by side, mp4 and PNG.
+"""Videos a person can judge by eye: asked and tracked path on enlarged frames, side by side, as mp4 and PNG.
 
-Frames are uint8 `[T, H, W, 3]`, RGB. The asked path is yellow, its dot grows and brightens with the touch force; the
-tracked path is magenta. Both have a dark or white rim, so that they are seen on any background and without colour.
+Frames are uint8 `[T, H, W, 3]`, RGB. The asked path is yellow, its dot grows and brightens with the touch
+force; the tracked path is magenta, its dot small. Rims make both seen on any background.
 """
 
 from __future__ import annotations
@@ -52,21 +52,10 @@ def draw(video: Tensor, asked: Trajectory, tracked_xy: Tensor | None, scale: int
     Raises:
         ValueError: the sizes of the video and of the paths disagree, or scale is below 1.
     """
-    frames, height, width = (int(n) for n in video.shape[1:])
-    if scale < 1:
-        raise ValueError(f"scale must be 1 or more, got {scale}")
-    if (asked.num_frames, asked.height, asked.width) != (frames, height, width):
-        raise ValueError(
-            f"the video has {frames} frames of {height}x{width}, the asked path "
-            f"{asked.num_frames} of {asked.height}x{asked.width}"
-        )
-    if tracked_xy is not None and tracked_xy.shape != asked.xy.shape:
-        raise ValueError(
-            f"tracked path {tuple(tracked_xy.shape)} does not fit asked path {tuple(asked.xy.shape)}"
-        )
+    _check_sizes(video, asked, tracked_xy, scale)
     out = _enlarged(video, scale)
     presence, intensity = _numpy(asked.presence).astype(bool), _numpy(asked.intensity)
-    pen = max(1.0, min(height, width) * scale / 128)
+    pen = max(1.0, min(out.shape[1:3]) / 128)
     asked_xy = _enlarged_xy(asked.xy, scale)
     tracked = None if tracked_xy is None else _enlarged_xy(tracked_xy, scale)
     for k, shown in enumerate(presence):
@@ -124,7 +113,7 @@ def contact_sheet(
 ) -> Frames:
     """Lay out every `every`-th frame: a row per panel with its title, a column per frame with its number.
 
-    Tiles are shrunk to `tile` pixels of width, never enlarged. Arguments and errors otherwise as in `side_by_side`.
+    Tiles are shrunk to `tile` pixels of width, never enlarged. Otherwise as `side_by_side`.
 
     Returns:
         One image, uint8 `[H', W', 3]`.
@@ -190,6 +179,21 @@ def write_comparison(
     Image.fromarray(contact_sheet(panels, titles, caption)).save(path.with_suffix(".png"), optimize=True)
 
 
+def _check_sizes(video: Tensor, asked: Trajectory, tracked_xy: Tensor | None, scale: int) -> None:
+    frames, height, width = video.shape[1:]
+    if scale < 1:
+        raise ValueError(f"scale must be 1 or more, got {scale}")
+    if (asked.num_frames, asked.height, asked.width) != (frames, height, width):
+        raise ValueError(
+            f"the video has {frames} frames of {height}x{width}, the asked path "
+            f"{asked.num_frames} of {asked.height}x{asked.width}"
+        )
+    if tracked_xy is not None and tracked_xy.shape != asked.xy.shape:
+        raise ValueError(
+            f"tracked path {tuple(tracked_xy.shape)} does not fit asked path {tuple(asked.xy.shape)}"
+        )
+
+
 def _numpy(tensor: Tensor) -> NDArray[np.float64]:
     return np.asarray(tensor.detach().cpu().double().numpy())
 
@@ -244,7 +248,7 @@ def _same_size(panels: Sequence[Frames], titles: Sequence[str]) -> tuple[int, in
     shapes = {panel.shape for panel in panels}
     if len(shapes) != 1 or len(titles) != len(panels):
         raise ValueError(
-            f"panels must have one size and one title each, got sizes {sorted(shapes)} and {len(titles)} titles"
+            f"panels must have one size and one title each, got sizes {sorted(shapes)}, {len(titles)} titles"
         )
     frames, height, width, _ = shapes.pop()
     return frames, height, width

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -34,8 +35,9 @@ class Trajectory:
         shape = self.xy.shape[:-1]
         if self.xy.shape[-1] != 2 or self.intensity.shape != shape or self.presence.shape != shape:
             raise ValueError(
-                f"trajectory shapes disagree: xy {tuple(self.xy.shape)}, intensity {tuple(self.intensity.shape)}, "
-                f"presence {tuple(self.presence.shape)}; expected [..., K, T, 2], [..., K, T], [..., K, T]"
+                f"trajectory shapes disagree: xy {tuple(self.xy.shape)}, intensity "
+                f"{tuple(self.intensity.shape)}, presence {tuple(self.presence.shape)}; "
+                f"expected [..., K, T, 2], [..., K, T], [..., K, T]"
             )
 
     @property
@@ -47,7 +49,7 @@ class Trajectory:
         """Positions `[..., K, T, 2]` in [0, 1]: (x / (W-1), y / (H-1))."""
         return self.xy / self.xy.new_tensor([self.width - 1, self.height - 1])
 
-    def to(self, device: object) -> Trajectory:
+    def to(self, device: torch.device | str) -> Trajectory:
         """Move the tensors to `device`."""
         return replace(
             self,
@@ -55,6 +57,10 @@ class Trajectory:
             intensity=self.intensity.to(device),
             presence=self.presence.to(device),
         )
+
+    def row(self, index: int) -> Trajectory:
+        """The trajectory of one sample of a batch."""
+        return replace(self, xy=self.xy[index], intensity=self.intensity[index], presence=self.presence[index])
 
     @staticmethod
     def stack(items: Sequence[Trajectory]) -> Trajectory:

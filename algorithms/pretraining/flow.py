@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -192,11 +191,17 @@ def ode_trajectory(
 
 
 def train_few_step(
-    pools: list[LatentPool], stage: FewStepStage, teacher: CausalWanTransformer3DModel, report: Callable[[str], None] = print
+    pools: list[LatentPool],
+    stage: FewStepStage,
+    teacher: CausalWanTransformer3DModel,
+    report: Callable[[str], None] = print,
+    student: CausalWanTransformer3DModel | None = None,
 ) -> CausalWanTransformer3DModel:
-    """Regress the student's clean prediction at each of its noise levels on the end of the teacher's ODE."""
-    student = copy.deepcopy(teacher)
-    teacher.requires_grad_(False)
+    """Regress the student's clean prediction at each of its noise levels on the end of the teacher's ODE.
+
+    The student starts from `student`, which is left as it is, or from the teacher's weights.
+    """
+    student = copy.deepcopy(teacher if student is None else student).requires_grad_(True)
     ema = EMA(student, stage.ema)
     table = torch.tensor(stage.sigmas[:-1])
 
@@ -219,8 +224,3 @@ def train_few_step(
 def _averaged(model: CausalWanTransformer3DModel, ema: EMA) -> CausalWanTransformer3DModel:
     with ema.swap():
         return copy.deepcopy(model)
-
-
-def save_transformer(model: CausalWanTransformer3DModel, out: Path) -> None:
-    """Save a diffusers folder (safetensors)."""
-    model.save_pretrained(out)

@@ -49,11 +49,11 @@ class TowerStage:
     width: int = 64
     layers: int = 3
     projection: int = 64
-    steps: int = 3000
+    steps: int = 2000
     batch: int = 48
     lr: float = 1e-3
     pool: int = 1024
-    text_length: int = 24
+    text_length: int = 32
 
 
 def build_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
@@ -172,8 +172,8 @@ def train_towers(
         torch.manual_seed(seed_of(Stream.TRAINING, stage.seed))
         text, vision = build_text(stage, len(tokenizer)), build_vision(stage)
         text_head, head = nn.Linear(stage.width, stage.projection), nn.Linear(stage.projection, 1)
-    # On a unit vector a head needs large weights (LAION's has |w| = 18); learning them from a small start is slow.
-    nn.init.normal_(head.weight, std=18 / math.sqrt(stage.projection))
+        # On a unit vector a head needs large weights (LAION's has |w| = 18); learning them from a small start is slow.
+        nn.init.normal_(head.weight, std=18 / math.sqrt(stage.projection))
     nn.init.constant_(head.bias, (CLEAN_SCORE + WORST_SCORE) / 2)
     temperature = nn.Parameter(torch.tensor(math.log(10.0)))
     modules = nn.ModuleList([text, vision, text_head, head])

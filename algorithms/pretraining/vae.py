@@ -33,15 +33,16 @@ class VAEStage:
         lr: peak learning rate, cosine decay.
         kl_weight: weight of the KL term, per latent element.
         heatmap_share: share of control heatmaps among the training clips.
-        long_from: fraction of the steps after which clips are 17 frames instead of 5.
+        long_from: fraction of the steps after which clips are whole instead of 5 frames: what the causal caches
+            carry must not drift.
         pool: training clips per bucket.
     """
 
     seed: int = 0
     base_dim: int = 8
-    dim_mult: list[int] = field(default_factory=lambda: [1, 2, 4])
+    dim_mult: list[int] = field(default_factory=lambda: [1, 2, 6])
     z_dim: int = 8
-    steps: int = 2400
+    steps: int = 4400
     batch: int = 12
     lr: float = 2e-3
     kl_weight: float = 3e-5
@@ -135,10 +136,12 @@ def train_vae(world: World, stage: VAEStage, out: Path, report: Callable[[str], 
     pools = [ClipPool(world, bucket, range(stage.pool)) for bucket in world.buckets]
     vae = build_vae(stage)
     noise = torch.Generator().manual_seed(stage.seed)
+    whole = pools[0].batch([0]).video.shape[2]
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         long = step >= stage.long_from * stage.steps
-        video = training_clips(pools, stage, step, stage.batch // 3 if long else stage.batch, 17 if long else 5)
+        count, frames = (stage.batch // 4, whole) if long else (stage.batch, 5)
+        video = training_clips(pools, stage, step, count, frames)
         posterior = vae.encode(video).latent_dist
         z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=noise)
         output = decode_unclamped(vae, z.contiguous(memory_format=torch.channels_last_3d))

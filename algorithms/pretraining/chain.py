@@ -1,0 +1,95 @@
+"""The embedded models from nothing: VAE, towers, causal flow model ("teacher"), few-step student."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from diffusers import AutoencoderKLWan
+from transformers import AutoTokenizer, UMT5EncoderModel
+
+from algorithms.pretraining.flow import (
+    FewStepStage,
+    FlowStage,
+    LatentPool,
+    build_transformer,
+    encode_pool,
+    train_few_step,
+    train_flow,
+)
+from algorithms.pretraining.towers import TowerStage, train_towers
+from algorithms.pretraining.vae import VAEStage, train_vae
+from data.clip import World
+from data.sprites import vocabulary
+from policies.causal_dit import CausalWanTransformer3DModel
+from policies.codecs import TextCodec, VideoCodec
+
+RECIPE = "recipe.json"
+
+
+class Chain:
+    """Runs every stage whose result is not yet in `out`; a result appears there when it is complete.
+
+    Interrupt it at will: the next run goes on with the stage that was interrupted.
+
+    Args:
+        world: training clips.
+        out: folder in diffusers' layout.
+        report: takes a line of progress.
+    """
+
+    def __init__(self, world: World, out: Path, report: Callable[[str], None] = print) -> None:
+        self.world, self.out, self.report = world, out, report
+        self.flow, self.few_step, self.towers = FlowStage(), FewStepStage(), TowerStage()
+
+    def run(self) -> None:
+        """Train what is missing, in order."""
+        words, world, report = vocabulary(), self.world, self.report
+        self._stage("vae", VAEStage(), ["vae"], lambda s, to: train_vae(world, s, to / "vae", report))
+        for seed, name in ((0, "aesthetic"), (1, "aesthetic_eval")):
+            parts = ["aesthetic", "text_encoder", "tokenizer"] if seed == 0 else [name]
+            stage = TowerStage(seed=seed)
+            self._stage(name, stage, parts, lambda s, to, n=name: train_towers(world, words, s, to, n, report))
+        self._stage("teacher", self.flow, ["teacher"], self._teach)
+        self._stage("transformer", self.few_step, ["transformer"], self._adapt)
+
+    def _teach(self, stage: FlowStage, to: Path) -> None:
+        pools = self._pools()
+        text_dim = pools[0].text.shape[-1]
+        model = build_transformer(stage, pools[0].latents.shape[2], text_dim)
+        train_flow(pools, stage, model, self.report).save_pretrained(to / "teacher")
+
+    def _adapt(self, stage: FewStepStage, to: Path) -> None:
+        teacher = CausalWanTransformer3DModel.from_pretrained(self.out / "teacher", local_files_only=True)
+        train_few_step(self._pools(), stage, teacher, self.report).save_pretrained(to / "transformer")
+
+    @cache  # noqa: B019  one chain per process; encoding the clips takes minutes
+    def _pools(self) -> list[LatentPool]:
+        video = VideoCodec(AutoencoderKLWan.from_pretrained(self.out / "vae", local_files_only=True))
+        text = TextCodec(
+            AutoTokenizer.from_pretrained(self.out / "tokenizer", local_files_only=True),
+            UMT5EncoderModel.from_pretrained(self.out / "text_encoder", local_files_only=True),
+            self.towers.text_length,
+        )
+        return [encode_pool(self.world, video, text, bucket, self.flow.pool) for bucket in self.world.buckets]
+
+    def _stage(self, name: str, stage: Any, parts: list[str], train: Callable[[Any, Path], None]) -> None:
+        """Train into a scratch folder, move the parts to their places, and note how they were made."""
+        if all((self.out / part).is_dir() for part in parts):
+            self.report(f"{name}: found in {self.out}")
+            return
+        began, scratch = time.time(), self.out / f".{name}"
+        train(stage, scratch)
+        for part in parts:
+            (scratch / part).replace(self.out / part)
+        shutil.rmtree(scratch)
+        recipe = self.out / RECIPE
+        notes = json.loads(recipe.read_text()) if recipe.is_file() else {}
+        notes[name] = {"settings": asdict(stage), "seconds": round(time.time() - began)}
+        recipe.write_text(json.dumps(notes, indent=1) + "\n")

@@ -1,0 +1,45 @@
+"""Measure a policy on held-out clips: `python experiments/evaluate.py checkpoint=outputs/grpo/<run>/checkpoints/step_000060`.
+
+Without a checkpoint the model's own weights are measured. Any setting may be changed, such as `evaluation.split=hard`, or
+`model.transformer=teacher rollout.sigmas=...` for the many-step model.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from runtime.cli import main, setup_phase
+from runtime.config import Plan
+
+
+def run(plan: Plan) -> None:
+    """Print the metrics of the policy and of the true clips; write them and videos into `run_dir`."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from runtime.evaluation import measure
+    from runtime.outcome import draw_samples
+    from runtime.session import Session
+
+    with setup_phase():
+        session = Session(plan.settings, plan.config)
+    metrics, samples = session.evaluate()
+    truth = measure(session.truth, session.truth, session.judge)
+    e = plan.settings.evaluation
+    table = Table(
+        "metric", "policy", "true clips", title=f"{e.clips} {e.split} clips, {type(e.tracker).__name__}, {session.judge.features.name}"
+    )
+    for name, value in metrics.items():
+        table.add_row(name, f"{value:.4f}", f"{truth[name]:.4f}")
+    Console().print(table)
+    folder = Path(session.run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    result = {"policy": metrics, "truth": truth, "extractor": session.judge.features.name, "config": plan.config}
+    (folder / "evaluation.json").write_text(json.dumps(result, indent=1))
+    draw_samples(folder / "videos", [("true clip", session.truth), ("policy", samples)])
+    print(f"results and videos: {folder}")
+
+
+if __name__ == "__main__":
+    main("evaluate", run)

@@ -1,0 +1,31 @@
+"""Train the embedded models of `assets/tiny` from nothing: `python experiments/tiny.py` (`make tiny`).
+
+About an hour and a half on two cores; a stage whose result is in the folder is not trained again, so an interrupted run
+goes on with the stage it was in. Settings of the stages are the defaults of their classes in `algorithms/pretraining/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def main() -> None:
+    """Parse the command line and run the chain."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("assets/tiny"), help="folder of the models")
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads; default: torch's own choice")
+    options = parser.parse_args()
+
+    import torch
+
+    from algorithms.pretraining.chain import Chain
+    from data.sprites import Sprites
+
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    Chain(Sprites(), options.out, lambda line: print(line, flush=True)).run()
+
+
+if __name__ == "__main__":
+    main()
