@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
+from itertools import groupby
 from typing import Any, Protocol
 
 import torch
@@ -23,7 +24,22 @@ from policies.positions import rotate
 
 Frames = tuple[tuple[int, int], ...]
 """The (segment, frame index) of each frame of a sequence."""
-Mask = Tensor | BlockMask | None
+
+
+@dataclass(frozen=True)
+class Views:
+    """Who sees whom, frame by frame.
+
+    Attributes:
+        tokens: tokens per frame.
+        runs: for each run of query frames that see the same: their number, and the indices of the key frames.
+    """
+
+    tokens: int
+    runs: tuple[tuple[int, tuple[int, ...]], ...]
+
+
+Mask = Views | BlockMask | None
 
 
 def frames_of(segment: int, indices: Sequence[int]) -> Frames:
@@ -58,16 +74,27 @@ def block_mask(
     return create_block_mask(predicate, None, None, len(queries) * tokens, len(keys) * tokens, device=device)
 
 
+def frame_views(causality: Causality, queries: Frames, keys: Frames, tokens: int) -> Views:
+    """List what each frame sees, from the same predicate at one token per frame."""
+    seen = dense_mask(causality, queries, keys, 1, torch.device("cpu")).tolist()
+    runs = [(len(list(run)), view) for view, run in groupby(seen)]
+    return Views(tokens, tuple((count, tuple(j for j, yes in enumerate(view) if yes)) for count, view in runs))
+
+
 @lru_cache(maxsize=64)
 def attention_mask(
     causality: Causality, queries: Frames, keys: Frames, tokens: int, device: torch.device
 ) -> Mask:
-    """Return the mask between two sequences of frames: None where everything is visible, sparse on CUDA."""
+    """Return the mask between two sequences of frames, None where everything is visible.
+
+    No kind of mask computes what is hidden: on CUDA FlexAttention skips blocks, elsewhere frames are taken apart.
+    """
     if all(causality.visible(*query, *key) for query in queries for key in keys):
         return None
-    build = block_mask if device.type == "cuda" else dense_mask
+    if device.type != "cuda":
+        return frame_views(causality, queries, keys, tokens)
     with torch.inference_mode(False):  # it is kept, and a later backward may need it
-        return build(causality, queries, keys, tokens, device)
+        return block_mask(causality, queries, keys, tokens, device)
 
 
 @cache
@@ -75,11 +102,27 @@ def _compiled_flex_attention() -> Any:
     return torch.compile(flex_attention, dynamic=False)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask = None) -> Tensor:
-    """Attend `[B, heads, L, d]` under an optional mask, through SDPA or, for sparse masks, FlexAttention."""
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask | None = None) -> Tensor:
+    """Attend `[B, heads, L, d]` under an optional mask, through SDPA or, for block masks, FlexAttention."""
     if isinstance(mask, BlockMask):
         return _compiled_flex_attention()(query, key, value, block_mask=mask)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    return F.scaled_dot_product_attention(query, key, value)
+
+
+def attend_by_frame(query: Tensor, pairs: Sequence[tuple[Tensor, Tensor]], views: Views) -> Tensor:
+    """Attend `[B, heads, L, d]` to keys and values in several parts: one SDPA per run, over what it sees."""
+    # Tokens lie before heads in memory: in that order a frame is copied as one block.
+    keys, values = (
+        [frame for part in parts for frame in part.transpose(1, 2).split(views.tokens, dim=1)]
+        for parts in zip(*pairs, strict=True)
+    )
+    queries = query.split([count * views.tokens for count, _ in views.runs], dim=2)
+    outs = []
+    for rows, (_, seen) in zip(queries, views.runs, strict=True):
+        key = torch.cat([keys[j] for j in seen], dim=1).transpose(1, 2)
+        value = torch.cat([values[j] for j in seen], dim=1).transpose(1, 2)
+        outs.append(attend(rows, key, value).transpose(1, 2))
+    return torch.cat(outs, dim=1).transpose(1, 2)
 
 
 class Attention(Protocol):
@@ -95,7 +138,7 @@ class PrefixAttention:
     """Attend to [given keys | own keys] under a mask; keeps the own keys and values for whoever follows.
 
     Attributes:
-        mask: see `attend`.
+        mask: who sees whom; None: everyone.
         prefix: keys and values of earlier tokens `[B, heads, P, d]`, or None.
         own: keys and values of the last call.
     """
@@ -107,9 +150,11 @@ class PrefixAttention:
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attend; see the class."""
         self.own = (key, value)
+        pairs = [self.own] if self.prefix is None else [self.prefix, self.own]
+        if isinstance(self.mask, Views):
+            return attend_by_frame(query, pairs, self.mask)
         if self.prefix is not None:
-            key = torch.cat([self.prefix[0], key], dim=2)
-            value = torch.cat([self.prefix[1], value], dim=2)
+            key, value = (torch.cat(parts, dim=2) for parts in zip(*pairs, strict=True))
         return attend(query, key, value, self.mask)
 
 

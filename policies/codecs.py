@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -104,7 +105,7 @@ class TextCodec(nn.Module):
     Args:
         tokenizer: a fast tokenizer.
         encoder: an encoder with `last_hidden_state`.
-        length: tokens L that every prompt is padded or refused to.
+        length: tokens L that every prompt is padded or cut to.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, encoder: UMT5EncoderModel, length: int) -> None:
@@ -115,25 +116,21 @@ class TextCodec(nn.Module):
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Encode prompts to `[B, L, D]`.
-
-        Raises:
-            ValueError: a prompt has more than L tokens.
-        """
+        """Encode prompts to `[B, L, D]`."""
         ids, mask = self.tokens(prompts)
         device = next(self.encoder.parameters()).device
         hidden = self.encoder(input_ids=ids.to(device), attention_mask=mask.to(device)).last_hidden_state
         return hidden * mask.to(device)[..., None]
 
     def tokens(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Token ids and attention mask, both `[B, L]`."""
-        out = self.tokenizer(list(prompts), padding="max_length", max_length=self.length)
-        for prompt, ids in zip(prompts, out.input_ids, strict=True):
-            if len(ids) > self.length:
-                raise ValueError(
-                    f"a prompt has more than {self.length} tokens; shorten it: {prompt[:60]!r}..."
-                )
-        return torch.tensor(out.input_ids), torch.tensor(out.attention_mask)
+        """Token ids and attention mask, both `[B, L]`. Longer prompts are cut, as Wan does at 512, with a warning."""
+        long = [p for p in dict.fromkeys(prompts) if len(self.tokenizer(p).input_ids) > self.length]
+        for prompt in long:
+            warnings.warn(f"prompt cut to {self.length} tokens: {prompt[:60]!r}...")
+        out = self.tokenizer(
+            list(prompts), padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
+        )
+        return out.input_ids, out.attention_mask
 
 
 def use_channels_last(module: nn.Module) -> None:

@@ -29,7 +29,7 @@ class LucasKanade:
         similarity: smallest correlation in [-1, 1] of the patch found with the patch in frame 0.
     """
 
-    window: int = 21
+    window: int = 31
     levels: int = 2
     short_edge: int = 128
     tolerance: float = 0.5
@@ -67,20 +67,20 @@ class LucasKanade:
         length, height, width = clip.shape[:3]
         scale = max(1, -(-self.short_edge // min(height, width)))
         # the centre of pixel i lies at scale * (i + 0.5) - 0.5 of the enlarged frame
-        grays = [_enlarged(frame, scale) for frame in clip]
+        images = [_enlarged(frame, scale) for frame in clip]
         origin = ((start + 0.5) * scale - 0.5).astype(np.float32)
         point, velocity = origin.copy(), np.zeros_like(origin)
         positions, seen, scores = [start], [np.ones(len(start), bool)], [np.ones(len(start), np.float32)]
         for t in range(1, length):
-            step, step_error = self._follow(grays[t - 1], grays[t], point, point)
+            step, step_error = self._follow(images[t - 1], images[t], point, point)
             moving = step_error <= self.tolerance * scale
             guess = np.where((moving & seen[-1])[:, None], step, point + velocity)
-            direct, direct_error = self._follow(grays[0], grays[t], origin, guess)
+            direct, direct_error = self._follow(images[0], images[t], origin, guess)
             near = np.linalg.norm(direct - guess, axis=-1) <= 2 * scale
             held = (direct_error <= self.tolerance * scale) & (near | ~seen[-1])
             place = np.where(held[:, None], direct, guess)
             pairs = zip(origin, place, strict=True)
-            alike = np.array([_similarity(grays[0], grays[t], a, b, self.window) for a, b in pairs])
+            alike = np.array([_similarity(images[0], images[t], a, b, self.window) for a, b in pairs])
             error = np.where(held, direct_error, step_error) / scale
             xy = (place + 0.5) / scale - 0.5
             inside = ((xy >= -0.5) & (xy <= np.array([width, height]) - 0.5)).all(-1)
@@ -97,7 +97,7 @@ class LucasKanade:
     def _follow(
         self, first: Any, second: Any, points: np.ndarray, guess: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Where `points [K, 2]` go from one gray image to another, and the forward-backward error `[K]`."""
+        """Where `points [K, 2]` go from one image to another, and the forward-backward error `[K]`."""
         import cv2
         import numpy as np
 
@@ -123,11 +123,10 @@ class LucasKanade:
 
 
 def _enlarged(frame: np.ndarray, scale: int) -> Any:
-    """Gray image of `frame [H, W, 3]` uint8, `scale` times as large."""
+    """`frame [H, W, 3]` uint8, `scale` times as large. In colour: many sprites differ from their ground in hue only."""
     import cv2
 
-    gray = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
-    return cv2.resize(gray, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
+    return cv2.resize(frame, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
 
 
 def _similarity(first: Any, second: Any, a: np.ndarray, b: np.ndarray, side: int) -> float:
@@ -136,6 +135,6 @@ def _similarity(first: Any, second: Any, a: np.ndarray, b: np.ndarray, side: int
 
     p = cv2.getRectSubPix(first, (side, side), tuple(map(float, a))).astype(float)
     q = cv2.getRectSubPix(second, (side, side), tuple(map(float, b))).astype(float)
-    p, q = p - p.mean(), q - q.mean()
+    p, q = p - p.mean((0, 1)), q - q.mean((0, 1))
     norm = float((p**2).sum() * (q**2).sum()) ** 0.5
     return float((p * q).sum()) / norm if norm > 0 else 0.0

@@ -52,7 +52,7 @@ class FlowStage:
     heads: int = 4
     layers: int = 4
     ffn: int = 384
-    steps: int = 4000
+    steps: int = 2000
     batch: int = 32
     lr: float = 1e-3
     shift: float = 3.0
@@ -77,8 +77,8 @@ class FewStepStage:
 
     seed: int = 0
     sigmas: list[float] = field(default_factory=lambda: [1.0, 0.755, 0.522, 0.0])
-    substeps: int = 4
-    steps: int = 600
+    substeps: int = 3
+    steps: int = 300
     batch: int = 32
     lr: float = 2e-4
     ema: float = 0.99
