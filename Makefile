@@ -9,7 +9,7 @@ ARGS     ?=
 
 BIN      := $(VENV)/bin
 PIP      := $(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
-SOURCES  := envs policies rewards algorithms data tracking metrics runtime experiments
+SOURCES  := envs policies rewards algorithms data tracking metrics runtime experiments benchmarks
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test lint bench learn tiny clean

@@ -21,7 +21,7 @@ class GRPO:
     """Group-relative policy optimisation with one advantage per latent frame.
 
     Attributes:
-        clip: trust region of the ratio, as a multiple of 1 / sqrt(D): it means the same at every latent size of D values.
+        clip: trust region of the ratio, as a multiple of 1 / sqrt(D): it means the same at every latent size D.
         kl_weight: factor of the KL to the initial policy, in closed form between Gaussians; 0 keeps no reference.
         epochs: passes over a rollout.
         minibatches: optimizer steps per pass; divides the samples of an update.

@@ -67,9 +67,7 @@ class ClipBatch:
         t = self.trajectory
         return ClipBatch(
             video=self.video[rows],
-            trajectory=replace(
-                t, xy=t.xy[rows], intensity=t.intensity[rows], presence=t.presence[rows]
-            ),
+            trajectory=replace(t, xy=t.xy[rows], intensity=t.intensity[rows], presence=t.presence[rows]),
             prompts=[self.prompts[i] for i in rows],
             visible=self.visible[rows],
             names=[self.names[i] for i in rows],

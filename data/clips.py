@@ -127,9 +127,7 @@ class Clips:
         total = self.size(split)
         for index in indices:
             if not 0 <= index < total:
-                raise ValueError(
-                    f"the {split} split of {self.folder} has {total} samples; there is no number {index}"
-                )
+                raise ValueError(f"the {split} split of {self.folder} has {total} samples; there is no number {index}")
         return ClipBatch.stack([self._clip(*self._samples[split][i], bucket) for i in indices])
 
     @cached_property
@@ -144,10 +142,7 @@ class Clips:
                     f"{path}: {count} frames at {fps:g} fps give {frames}, but world.frames is {self.frames};"
                     " take it out, or lower world.frames or raise world.fps"
                 )
-            beside = (
-                path.with_name(name.format(path.stem if path.is_file() else path.name))
-                for name in TRACK_FILES
-            )
+            beside = (path.with_name(name.format(path.stem if path.is_file() else path.name)) for name in TRACK_FILES)
             tracks = next((p for p in beside if p.is_file()), None)
             out.append(_Source(path, count, frames, step, fps, height, width, tracks))
             if tracks:
@@ -166,10 +161,8 @@ class Clips:
             late, spare = _last(len(starts), self.heldout), _last(len(points), self.heldout)
             for window, start in enumerate(starts):
                 for point in points:
-                    if total >= SPLIT_BY_CLIP:
-                        held = clip in held_clips
-                    else:
-                        held = window in late if late else point in spare
+                    late_or_spare = window in late if late else point in spare
+                    held = clip in held_clips if total >= SPLIT_BY_CLIP else late_or_spare
                     split["heldout" if held else "train"].append((clip, start, point))
         return {name: sorted(rows, key=lambda row: (row[2], row[1], row[0])) for name, rows in split.items()}
 
@@ -189,9 +182,7 @@ class Clips:
             source = self._sources[clip]
             frames = read_small(source.path, bucket, source.step)
             if len(frames) < source.frames:
-                raise ValueError(
-                    f"{source.path}: only {len(frames)} frames can be decoded; the file is cut short"
-                )
+                raise ValueError(f"{source.path}: only {len(frames)} frames can be decoded; the file is cut short")
         memory[key] = frames  # the end of a dict is its most recent entry
         while len(memory) > 1 and sum(f.nbytes for f in memory.values()) > self.cache_mb * 2**20:
             memory.pop(next(iter(memory)))
@@ -227,9 +218,7 @@ class Clips:
             return trajectory, np.ones(trajectory.presence.shape, bool)
         key = (clip, start, bucket)
         if key not in self._found:
-            self._found[key] = find_points(frames, self.points, source.fps / source.step) or [
-                _nothing(frames, source)
-            ]
+            self._found[key] = find_points(frames, self.points, source.fps / source.step) or [_nothing(frames, source)]
         found = self._found[key]
         return found[point % len(found)]
 
@@ -274,6 +263,4 @@ def _nothing(frames: Frame, source: _Source) -> tuple[Trajectory, NDArray[np.boo
     length, height, width = frames.shape[:3]
     xy = torch.tensor([(width - 1) / 2, (height - 1) / 2]).expand(1, length, 2).clone()
     absent = torch.zeros(1, length, dtype=torch.bool)
-    return Trajectory(xy, absent.float(), absent, height, width, source.fps / source.step), np.zeros(
-        (1, length), bool
-    )
+    return Trajectory(xy, absent.float(), absent, height, width, source.fps / source.step), np.zeros((1, length), bool)

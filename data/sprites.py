@@ -214,9 +214,7 @@ def _reach(shape: str, u: float) -> float:
     return 0.5 + 0.3 * u if shape == "ring" else 0.4 * u
 
 
-def _painting_order(
-    rng: np.random.Generator, sprites: list[_Sprite], touched: int, offset: Array
-) -> list[int]:
+def _painting_order(rng: np.random.Generator, sprites: list[_Sprite], touched: int, offset: Array) -> list[int]:
     """A random order in which the touched point is seen in the first frame: nobody drags what is hidden."""
     order = [int(j) for j in rng.permutation(len(sprites))]
     point = sprites[touched].path[0] + offset

@@ -82,9 +82,7 @@ def read_small(path: Path, bucket: tuple[int, int], step: int) -> Frame:
             top, left, height, width = cover_box(frame.shape[0], frame.shape[1], bucket)
             part = frame[top : top + height, left : left + width]
             shrinks = height >= bucket[0]
-            out.append(
-                cv2.resize(part, bucket[::-1], interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
-            )
+            out.append(cv2.resize(part, bucket[::-1], interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC))
     return np.stack(out)
 
 

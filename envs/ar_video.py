@@ -54,11 +54,7 @@ def start(
     """
     device, (batch, frames) = condition.device, condition.shape[:2]
     steps = sigma_table.shape[-1] - 1
-    if (
-        key.shape != (batch, 4)
-        or text.shape[0] != batch
-        or tuple(condition.shape[3:]) != tuple(latent_shape)[1:]
-    ):
+    if key.shape != (batch, 4) or text.shape[0] != batch or tuple(condition.shape[3:]) != tuple(latent_shape)[1:]:
         raise ValueError(
             f"start: condition {tuple(condition.shape)}, text {tuple(text.shape)}, key {tuple(key.shape)}"
             f" and latent {tuple(latent_shape)} disagree; expected [B,M,Cc,h,w], [B,L,D], [B,4] and (C,h,w)"
@@ -92,9 +88,7 @@ def initial_noise(key: Tensor, frames: int, latent_shape: Sequence[int], share: 
     rows = [tuple(row[:3] if share else row) for row in key.tolist()]
     for row in rows:
         if row not in drawn:
-            drawn[row] = torch.stack(
-                [normal(Stream.INITIAL_NOISE, (*row, m), latent_shape) for m in range(frames)]
-            )
+            drawn[row] = torch.stack([normal(Stream.INITIAL_NOISE, (*row, m), latent_shape) for m in range(frames)])
     return torch.stack([drawn[row] for row in rows])
 
 
@@ -130,9 +124,7 @@ def snapshot(rollout: TensorDictBase, frame: int, step: int) -> Tensor:
     Finished frames before m, frame m at step n (0..N), initial noise after m.
     """
     latents = rollout["latents"]
-    return torch.cat(
-        [latents[:, :frame, -1], latents[:, frame : frame + 1, step], latents[:, frame + 1 :, 0]], 1
-    )
+    return torch.cat([latents[:, :frame, -1], latents[:, frame : frame + 1, step], latents[:, frame + 1 :, 0]], 1)
 
 
 def frame_reward(scorer: Scorer | None, before: TensorDictBase, after: TensorDictBase) -> Tensor:
@@ -162,7 +154,5 @@ def reseed(source: Source, seed: int) -> None:
         ValueError: the source takes its seed elsewhere.
     """
     if not hasattr(source, "seed"):
-        raise ValueError(
-            "this episode source cannot be seeded through reset: give it its seed where it is built"
-        )
+        raise ValueError("this episode source cannot be seeded through reset: give it its seed where it is built")
     source.seed(seed)

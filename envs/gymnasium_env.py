@@ -34,9 +34,7 @@ class ARVideoVectorEnv(VectorEnv):
     `info["finished"] [B]` tells where a frame was finished.
     """
 
-    def __init__(
-        self, source: Source | None = None, scorer: Scorer | None = None, num_envs: int | None = None
-    ) -> None:
+    def __init__(self, source: Source | None = None, scorer: Scorer | None = None, num_envs: int | None = None) -> None:
         if source is None:
             source = toy = ToySource(prompts=num_envs or 1)
             scorer = scorer or toy.score

@@ -98,9 +98,7 @@ def assemble_rollout(start: TensorDictBase, trajectory: TensorDictBase) -> Tenso
             f"({batch}, {frames * steps}), got {tuple(trajectory.shape)}"
         )
     grid = trajectory.exclude(*_DERIVED).reshape(batch, frames, steps)
-    others = {
-        key: value for key, value in grid.items() if key not in ("action", "log_prob", "next", "collector")
-    }
+    others = {key: value for key, value in grid.items() if key not in ("action", "log_prob", "next", "collector")}
     values = others | {
         "latents": torch.cat([start["latents"].unsqueeze(2), grid["action"]], 2),
         "log_prob": grid["log_prob"].squeeze(-1),

@@ -181,9 +181,7 @@ def draw_batch(schedule: Schedule, sigma: Tensor, key: Tensor) -> Tensor:
     return torch.stack([drawn[row] for row in rows])
 
 
-def picture(
-    schedule: Schedule, sigma: Tensor, transition: Transition, seed: int = 0, iteration: int = 0
-) -> str:
+def picture(schedule: Schedule, sigma: Tensor, transition: Transition, seed: int = 0, iteration: int = 0) -> str:
     """Draw a small text picture of one draw: rows frames, columns steps, ● stochastic, · deterministic.
 
     Below it stands a warning line for each stochastic step at which the kernel leaves more noise than sigma'
@@ -204,9 +202,7 @@ def picture(
         levels, marks = rows[begin]
         if levels != header:
             header = levels
-            lines.append(
-                " " * 14 + "".join(f"{f'{a:.3g}→{b:.3g}':^13}" for a, b in itertools.pairwise(levels))
-            )
+            lines.append(" " * 14 + "".join(f"{f'{a:.3g}→{b:.3g}':^13}" for a, b in itertools.pairwise(levels)))
         name = f"frame {begin}" if m - begin == 1 else f"frames {begin}-{m - 1}"
         lines.append((f"{name:<14}" + "".join(f"{'●' if mark else '·':^13}" for mark in marks)).rstrip())
         begin = m
@@ -253,9 +249,7 @@ def _random_steps(available: np.ndarray, k: int, scope: str, rng: np.random.Gene
 def _need(available: np.ndarray, k: int) -> None:
     room = int(available.sum(1).min())
     if k > room:
-        raise ValueError(
-            f"schedule needs {k} stochastic steps in each frame, but only {room} of its steps end above 0"
-        )
+        raise ValueError(f"schedule needs {k} stochastic steps in each frame, but only {room} of its steps end above 0")
 
 
 def _at_least_one(name: str, value: int) -> None:

@@ -34,9 +34,7 @@ class TorchRLEnv(EnvBase):
         self.observation_spec = make_composite_from_td(first, unsqueeze_null_shapes=False)
         self.action_spec = Unbounded((batch, *latent), device=self.device, dtype=first["latents"].dtype)
         self.reward_spec = Unbounded((batch, 1), device=self.device)
-        flag = {
-            k: Unbounded((batch, 1), dtype=torch.bool, device=self.device) for k in ("done", "terminated")
-        }
+        flag = {k: Unbounded((batch, 1), dtype=torch.bool, device=self.device) for k in ("done", "terminated")}
         self.full_done_spec = Composite(flag, shape=self.batch_size, device=self.device)
 
     def _reset(self, tensordict: TensorDictBase | None = None, **_: object) -> TensorDictBase:
@@ -50,9 +48,7 @@ class TorchRLEnv(EnvBase):
         after, _, done = step(tensordict, tensordict["action"])
         reward = frame_reward(self.scorer, tensordict, after)
         return after.update(
-            TensorDict(
-                {"reward": reward.unsqueeze(-1), "done": done, "terminated": done.clone()}, after.batch_size
-            )
+            TensorDict({"reward": reward.unsqueeze(-1), "done": done, "terminated": done.clone()}, after.batch_size)
         )
 
     def _set_seed(self, seed: int | None) -> None:

@@ -1,7 +1,7 @@
-"""Measure a policy on held-out clips: `python experiments/evaluate.py checkpoint=outputs/grpo/<run>/checkpoints/step_000060`.
+"""Measure a policy on held-out clips: `python experiments/evaluate.py checkpoint=<run folder>/checkpoints/step_000060`.
 
-Without a checkpoint the model's own weights are measured. Any setting may be changed, such as `evaluation.split=hard`, or
-`model.transformer=teacher rollout.sigmas=...` for the many-step model.
+Without a checkpoint the model's own weights are measured. Any setting may be changed, such as
+`evaluation.split=hard`, or `model.transformer=teacher rollout.sigmas=...` for the many-step model.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ def run(plan: Plan) -> None:
     truth = measure(session.truth, session.truth, session.judge)
     e = plan.settings.evaluation
     table = Table(
-        "metric", "policy", "true clips", title=f"{e.clips} {e.split} clips, {type(e.tracker).__name__}, {session.judge.features.name}"
+        "metric",
+        "policy",
+        "true clips",
+        title=f"{e.clips} {e.split} clips, {type(e.tracker).__name__}, {session.judge.features.name}",
     )
     for name, value in metrics.items():
         table.add_row(name, f"{value:.4f}", f"{truth[name]:.4f}")

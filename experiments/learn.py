@@ -1,8 +1,9 @@
 """The learning result of the README: `python experiments/learn.py` (`make learn`).
 
-Cells, each a run of its own in `outputs/learn/<arm>_<seed>`: GRPO, the same updates with shuffled advantages, and continued
-supervised training, for every seed; and the student and the many-step teacher as they are. All are measured on the same
-held-out clips and noise, with the last weights, by a tracker and a vision tower that took no part in the reward.
+Cells, each a run of its own in `outputs/learn/<arm>_<seed>`: GRPO, the same updates with shuffled advantages, and
+continued supervised training, for every seed; and the student and the many-step teacher as they are. All are measured
+on the same held-out clips and noise, with the last weights, by a tracker and a vision tower that took no part in the
+reward.
 Interrupt it at will: a finished cell is not run again and an unfinished one goes on from its checkpoint. The result is
 `docs/results/learn.jsonl` (one line per cell) and `docs/results/learn.md` (the table).
 """
@@ -25,8 +26,14 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "docs" / "results"
 # Steps of supervised training that take about as long as the default number of GRPO updates; the table gives seconds.
 SUPERVISED_STEPS = 500
+ARMS = ("student", "teacher", "grpo", "shuffled", "supervised")
 TEACHER_SIGMAS = [1 - i / 32 for i in range(33)]
-METRICS = {"motion_error_px": "motion error, px", "aesthetic": "aesthetic", "frechet": "Frechet", "frechet_video": "Frechet, video"}
+METRICS = {
+    "motion_error_px": "motion error, px",
+    "aesthetic": "aesthetic",
+    "frechet": "Frechet",
+    "frechet_video": "Frechet, video",
+}
 
 
 @dataclass(frozen=True)
@@ -50,14 +57,16 @@ def cells(seeds: int, updates: int, clips: int) -> list[Cell]:
     rl = (*shared, f"updates={updates}", "saving.every=10", "resume=true")
     found = [Cell("student", 0, "evaluate.py", shared)]
     sigmas = ",".join(f"{s:g}" for s in TEACHER_SIGMAS)
-    found.append(Cell("teacher", 0, "evaluate.py", (*shared, "model.transformer=teacher", f"rollout.sigmas=[{sigmas}]")))
+    found.append(
+        Cell("teacher", 0, "evaluate.py", (*shared, "model.transformer=teacher", f"rollout.sigmas=[{sigmas}]"))
+    )
     for seed in range(seeds):
         found += [
             Cell("grpo", seed, "grpo.py", (*rl, f"seed={seed}")),
             Cell("shuffled", seed, "grpo.py", (*rl, f"seed={seed}", "algorithm.shuffle_advantages=true")),
             Cell("supervised", seed, "supervise.py", (*shared, f"seed={seed}", f"updates={SUPERVISED_STEPS}")),
         ]
-    return sorted(found, key=lambda c: ("student teacher grpo shuffled supervised".split().index(c.arm), c.seed))
+    return sorted(found, key=lambda c: (ARMS.index(c.arm), c.seed))
 
 
 def run(cell: Cell, out: Path, threads: int) -> dict[str, Any]:
@@ -70,7 +79,13 @@ def run(cell: Cell, out: Path, threads: int) -> dict[str, Any]:
     result = folder / "result.json"
     if not result.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, str(HERE / cell.script), f"run_dir={folder}", f"engine.threads={threads}", *cell.overrides]
+        command = [
+            sys.executable,
+            str(HERE / cell.script),
+            f"run_dir={folder}",
+            f"engine.threads={threads}",
+            *cell.overrides,
+        ]
         began = time.time()
         with (folder / "log.txt").open("a") as log:
             environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
@@ -100,7 +115,10 @@ def spread(values: list[float]) -> str:
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: a line per arm, mean ± standard deviation over seeds, and the change against the student."""
     student = next(r for r in rows if r["arm"] == "student")["after"]
-    lines = ["| | seeds | " + " | ".join(METRICS.values()) + " | motion error against the student | seconds |", "|---" * (len(METRICS) + 4) + "|"]
+    lines = [
+        "| | seeds | " + " | ".join(METRICS.values()) + " | motion error against the student | seconds |",
+        "|---" * (len(METRICS) + 4) + "|",
+    ]
     arms = {r["arm"]: [s for s in rows if s["arm"] == r["arm"]] for r in rows}
     for arm, members in arms.items():
         values = [spread([m["after"][key] for m in members]) for key in METRICS]

@@ -1,7 +1,7 @@
 """Continue the student's supervised training and measure it: the control that tells learning from under-training.
 
-`python experiments/supervise.py updates=600 seed=0` runs the few-step stage of `algorithms/pretraining/flow.py` anew from
-the student, on clips that stage has not seen, and evaluates before and after exactly as `grpo.py` does.
+`python experiments/supervise.py updates=600 seed=0` runs the few-step stage of `algorithms/pretraining/flow.py` anew
+from the student, on clips that stage has not seen, and evaluates before and after exactly as `grpo.py` does.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def run(plan: Plan) -> None:
     session.save()
     result = {"before": before, "after": after, "seconds": round(seconds), "updates": settings.updates}
     (session.run_dir / "evaluation.json").write_text(json.dumps(result, indent=1))
-    print(f"held-out motion error {before['motion_error_px']:.3f} -> {after['motion_error_px']:.3f} px in {seconds:.0f} s")
+    print(
+        f"held-out motion error {before['motion_error_px']:.3f} -> {after['motion_error_px']:.3f} px in {seconds:.0f} s"
+    )
 
 
 if __name__ == "__main__":

@@ -34,12 +34,8 @@ class ClipVision(nn.Module):
 
         for name in ("config.json", "model.safetensors"):
             if not (folder / name).is_file():
-                raise FileNotFoundError(
-                    f"{folder} holds no {name}; expected a CLIP vision model with projection"
-                )
-        self.model = CLIPVisionModelWithProjection.from_pretrained(
-            folder, use_safetensors=True, local_files_only=True
-        )
+                raise FileNotFoundError(f"{folder} holds no {name}; expected a CLIP vision model with projection")
+        self.model = CLIPVisionModelWithProjection.from_pretrained(folder, use_safetensors=True, local_files_only=True)
         self.model.eval().requires_grad_(False)
         self.size: int = self.model.config.image_size
         extra = folder / "preprocessor_config.json"
@@ -55,9 +51,7 @@ class ClipVision(nn.Module):
     @torch.no_grad()
     def forward(self, frames: Tensor, batch: int = 256) -> Tensor:
         """Embed `frames [n, 3, H, W]` in [-1, 1]: `[n, D]` float32, not normalised."""
-        parts = [
-            self.model(pixel_values=self.pixels(part)).image_embeds.float() for part in frames.split(batch)
-        ]
+        parts = [self.model(pixel_values=self.pixels(part)).image_embeds.float() for part in frames.split(batch)]
         return torch.cat(parts) if parts else frames.new_zeros(0, self.width)
 
     def pixels(self, frames: Tensor) -> Tensor:

@@ -61,18 +61,14 @@ class ClipFeatures:
         from metrics.clip_vision import ClipVision
 
         folder = assets / self.model
-        object.__setattr__(
-            self, "_tower", ClipVision(folder if folder.is_dir() else Path(self.model)).to(device)
-        )
+        object.__setattr__(self, "_tower", ClipVision(folder if folder.is_dir() else Path(self.model)).to(device))
 
     def frames(self, video: Tensor) -> Tensor:
         """See `FeatureExtractor.frames`."""
         from torch.nn.functional import normalize
 
         if not hasattr(self, "_tower"):
-            raise ValueError(
-                f"the feature extractor {self.name} has no network; call prepare(assets, device) first"
-            )
+            raise ValueError(f"the feature extractor {self.name} has no network; call prepare(assets, device) first")
         embedded = self._tower(video.transpose(1, 2).flatten(0, 1))
         return normalize(embedded, dim=-1).unflatten(0, (len(video), -1))
 

@@ -20,19 +20,13 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
     """
     for name, features in (("first", first), ("second", second)):
         if features.ndim != 2 or len(features) < 2:
-            raise ValueError(
-                f"the {name} set has shape {tuple(features.shape)}; expected [n, D] with n of 2 or more"
-            )
+            raise ValueError(f"the {name} set has shape {tuple(features.shape)}; expected [n, D] with n of 2 or more")
         if not bool(features.isfinite().all()):
             raise ValueError(f"the {name} set holds features that are not finite")
         if len(features) <= features.shape[1]:
-            warnings.warn(
-                f"{len(features)} samples for {features.shape[1]} dimensions: the distance is biased upwards"
-            )
+            warnings.warn(f"{len(features)} samples for {features.shape[1]} dimensions: the distance is biased upwards")
     if first.shape[1] != second.shape[1]:
-        raise ValueError(
-            f"features of {first.shape[1]} and of {second.shape[1]} dimensions cannot be compared"
-        )
+        raise ValueError(f"features of {first.shape[1]} and of {second.shape[1]} dimensions cannot be compared")
     return gaussian_frechet(*_moments(first), *_moments(second))
 
 

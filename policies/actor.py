@@ -43,9 +43,7 @@ class Actor(TensorDictModuleBase):
     def __init__(self, transformer: nn.Module, transition: Transition, causality: Causality) -> None:
         super().__init__()
         if causality.chunk != 1:
-            raise ValueError(
-                f"the actor denoises frame by frame; set causality.chunk=1, got {causality.chunk}"
-            )
+            raise ValueError(f"the actor denoises frame by frame; set causality.chunk=1, got {causality.chunk}")
         self.transformer = transformer
         self.transition = transition
         self.causality = causality
@@ -143,9 +141,7 @@ class Actor(TensorDictModuleBase):
                 velocities.append(actor.velocity(state.set("latents", x), m, n))
         v = torch.stack(velocities, 1).unflatten(1, (frames, steps))
         latents, sigma = rollout["latents"].float(), rollout["sigma"].float()[..., None, None, None]
-        scores = _scores(
-            self.transition, latents[:, :, :-1], v, sigma[:, :, :-1], sigma[:, :, 1:], latents[:, :, 1:]
-        )
+        scores = _scores(self.transition, latents[:, :, :-1], v, sigma[:, :, :-1], sigma[:, :, 1:], latents[:, :, 1:])
         kept = {name: _where(rollout["stochastic"], score) for name, score in scores.items()}
         return TensorDict(kept, batch_size=rollout.batch_size)
 
@@ -221,8 +217,6 @@ def _position(state: TensorDictBase) -> tuple[int, int]:
     """Return the (frame, step) that all samples stand at."""
     both = torch.cat([state["frame"], state["step"]], -1)
     if not bool((both == both[:1]).all()):
-        raise ValueError(
-            "all samples of a batch must stand at the same (frame, step); step them as separate batches"
-        )
+        raise ValueError("all samples of a batch must stand at the same (frame, step); step them as separate batches")
     m, n = both[0].tolist()
     return m, n

@@ -52,18 +52,14 @@ def _ids(frames: Frames, tokens: int, device: torch.device) -> tuple[Tensor, Ten
     return pairs[:, 0], pairs[:, 1]
 
 
-def dense_mask(
-    causality: Causality, queries: Frames, keys: Frames, tokens: int, device: torch.device
-) -> Tensor:
+def dense_mask(causality: Causality, queries: Frames, keys: Frames, tokens: int, device: torch.device) -> Tensor:
     """Evaluate the predicate for every pair of tokens: bool `[queries * tokens, keys * tokens]`."""
     query_segment, query_frame = _ids(queries, tokens, device)
     key_segment, key_frame = _ids(keys, tokens, device)
     return causality.visible(query_segment[:, None], query_frame[:, None], key_segment, key_frame)
 
 
-def block_mask(
-    causality: Causality, queries: Frames, keys: Frames, tokens: int, device: torch.device
-) -> BlockMask:
+def block_mask(causality: Causality, queries: Frames, keys: Frames, tokens: int, device: torch.device) -> BlockMask:
     """Build FlexAttention's sparse mask from the same predicate."""
     query_segment, query_frame = _ids(queries, tokens, device)
     key_segment, key_frame = _ids(keys, tokens, device)
@@ -77,17 +73,15 @@ def block_mask(
 def frame_views(causality: Causality, queries: Frames, keys: Frames, tokens: int) -> Views:
     """List what each frame sees, from the same predicate at one token per frame."""
     seen = dense_mask(causality, queries, keys, 1, torch.device("cpu")).tolist()
-    runs = [(len(list(run)), view) for view, run in groupby(seen)]
-    return Views(tokens, tuple((count, tuple(j for j, yes in enumerate(view) if yes)) for count, view in runs))
+    views = [tuple(key for key, yes in enumerate(row) if yes) for row in seen]
+    return Views(tokens, tuple((len(list(run)), view) for view, run in groupby(views)))
 
 
 @lru_cache(maxsize=64)
-def attention_mask(
-    causality: Causality, queries: Frames, keys: Frames, tokens: int, device: torch.device
-) -> Mask:
+def attention_mask(causality: Causality, queries: Frames, keys: Frames, tokens: int, device: torch.device) -> Mask:
     """Return the mask between two sequences of frames, None where everything is visible.
 
-    No kind of mask computes what is hidden: on CUDA FlexAttention skips blocks, elsewhere frames are taken apart.
+    Neither kind computes what is hidden: FlexAttention skips blocks on CUDA, elsewhere frames go one by one.
     """
     if all(causality.visible(*query, *key) for query in queries for key in keys):
         return None
@@ -210,16 +204,8 @@ class FrameSelfAttentionProcessor(WanAttnProcessor):
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
         x = hidden_states.reshape(rotary_emb.batch, -1, hidden_states.shape[-1])
         value = _heads(attn, attn.to_v(x)).transpose(1, 2)
-        query = (
-            rotate(_heads(attn, attn.norm_q(attn.to_q(x))), rotary_emb.rotations)
-            .transpose(1, 2)
-            .type_as(value)
-        )
-        key = (
-            rotate(_heads(attn, attn.norm_k(attn.to_k(x))), rotary_emb.rotations)
-            .transpose(1, 2)
-            .type_as(value)
-        )
+        query = rotate(_heads(attn, attn.norm_q(attn.to_q(x))), rotary_emb.rotations).transpose(1, 2).type_as(value)
+        key = rotate(_heads(attn, attn.norm_k(attn.to_k(x))), rotary_emb.rotations).transpose(1, 2).type_as(value)
         out = rotary_emb.attention(query, key, value).transpose(1, 2).flatten(2)
         return attn.to_out[1](attn.to_out[0](out)).view_as(hidden_states)
 

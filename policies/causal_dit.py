@@ -128,9 +128,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         attention_kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if encoder_hidden_states_image is None:
-            return super().forward(
-                hidden_states, timestep, encoder_hidden_states, None, return_dict, attention_kwargs
-            )
+            return super().forward(hidden_states, timestep, encoder_hidden_states, None, return_dict, attention_kwargs)
         # diffusers splits image from text by assuming 512 text tokens; our processors take any number.
         tokens = self._tokens(hidden_states.transpose(1, 2))
         batch, _, count, height, width = hidden_states.shape
@@ -238,9 +236,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         """Run blocks and output head on tokens `[B, G * n, dim]` whose G groups have timesteps `[B, G]`."""
         batch, groups = timestep.shape
         folded = tokens.reshape(batch * groups, -1, tokens.shape[-1])
-        temb, modulation, text, image = self.condition_embedder(
-            timestep.flatten(), text.to(self.dtype), image
-        )
+        temb, modulation, text, image = self.condition_embedder(timestep.flatten(), text.to(self.dtype), image)
         modulation = modulation.unflatten(1, (6, -1))
         checkpoint = torch.is_grad_enabled() and self.gradient_checkpointing
         for i, (block, attention) in enumerate(zip(self.blocks, attentions, strict=True)):

@@ -57,9 +57,7 @@ class EMA:
         theirs = {name: tuple(value.shape) for name, value in state.items()}
         if ours != theirs:
             wrong = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
-            raise ValueError(
-                f"ema state belongs to another model: {wrong[0]} (and {len(wrong) - 1} more) do not match"
-            )
+            raise ValueError(f"ema state belongs to another model: {wrong[0]} (and {len(wrong) - 1} more) do not match")
         for name, value in state.items():
             self.shadow[name].copy_(value)
 

@@ -106,9 +106,7 @@ class CachedAttention:
             self.cache.write(self.layer, clean_key, clean_value, self.commit)
         if self.commit < self.frames:
             end = self.cache.end + self.commit
-            outs.append(
-                self._attend(query[:, :, split:], key[:, :, split:], value[:, :, split:], end, tokens)
-            )
+            outs.append(self._attend(query[:, :, split:], key[:, :, split:], value[:, :, split:], end, tokens))
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, end: int, tokens: int) -> Tensor:

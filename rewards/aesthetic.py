@@ -41,9 +41,7 @@ class Aesthetic:
     def __post_init__(self) -> None:
         check_weight("aesthetic", self.weight)
         if not 1 <= self.frames <= 4:
-            raise ValueError(
-                f"reward.aesthetic.frames must be 1 to 4 (a latent frame has 4), got {self.frames}"
-            )
+            raise ValueError(f"reward.aesthetic.frames must be 1 to 4 (a latent frame has 4), got {self.frames}")
         if self.sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", self.sha256):
             raise ValueError(f"reward.aesthetic.sha256 must be 64 hex digits, got {self.sha256}")
 
@@ -62,9 +60,7 @@ class Aesthetic:
         path = Path(self.head) if self.head else folder / "head.safetensors"
         w, b = load_head(path, self.sha256)
         if w.shape[0] != vision.width:
-            raise ValueError(
-                f"{path} scores embeddings of {w.shape[0]} dimensions but {folder} gives {vision.width}"
-            )
+            raise ValueError(f"{path} scores embeddings of {w.shape[0]} dimensions but {folder} gives {vision.width}")
         object.__setattr__(self, "_scorer", (vision, w.to(context.device), b))
 
     def score(self, video: Tensor, batch: ClipBatch) -> RewardTerm:
@@ -104,9 +100,7 @@ def load_head(path: Path, sha256: str | None = None) -> tuple[Tensor, float]:
         )
     found = hashlib.sha256(path.read_bytes()).hexdigest() if sha256 else ""
     if sha256 and found != sha256.lower():
-        raise ValueError(
-            f"{path} has SHA-256 {found}, not {sha256.lower()}; the file is damaged or another one"
-        )
+        raise ValueError(f"{path} has SHA-256 {found}, not {sha256.lower()}; the file is damaged or another one")
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 

@@ -45,9 +45,7 @@ class Composite:
         if self.combine not in COMBINE:
             raise ValueError(f"reward combine must be one of {', '.join(COMBINE)}, got {self.combine}")
         if self.on_failure not in ON_FAILURE:
-            raise ValueError(
-                f"reward on_failure must be one of {', '.join(ON_FAILURE)}, got {self.on_failure}"
-            )
+            raise ValueError(f"reward on_failure must be one of {', '.join(ON_FAILURE)}, got {self.on_failure}")
         if not (self.epsilon > 0 and math.isfinite(self.epsilon)):
             raise ValueError(f"reward epsilon must be positive and finite, got {self.epsilon}")
 
@@ -105,14 +103,10 @@ class Composite:
             if self.on_failure == "stop":
                 raise
             shape = (len(video), latent_frames(video.shape[2]))
-            return RewardTerm(
-                video.new_zeros(shape), torch.zeros(shape, dtype=torch.bool, device=video.device)
-            )
+            return RewardTerm(video.new_zeros(shape), torch.zeros(shape, dtype=torch.bool, device=video.device))
         valid = result.valid & result.value.isfinite()
         if self.on_failure == "stop" and not bool(valid.all()):
-            raise RewardFailed(
-                f"reward {name} is invalid for {int((~valid).any(1).sum())} of {len(valid)} samples"
-            )
+            raise RewardFailed(f"reward {name} is invalid for {int((~valid).any(1).sum())} of {len(valid)} samples")
         return RewardTerm(result.value.where(valid, 0), valid, result.metrics)
 
 
@@ -132,9 +126,7 @@ def normalize_in_groups(value: Tensor, valid: Tensor, group: int | None, epsilon
         ValueError: the group size is missing or does not divide B.
     """
     if group is None or group < 1 or len(value) % group:
-        raise ValueError(
-            f"normalize_then_sum needs a group size that divides {len(value)} samples, got {group}"
-        )
+        raise ValueError(f"normalize_then_sum needs a group size that divides {len(value)} samples, got {group}")
     x, ok = value.unflatten(0, (-1, group)), valid.unflatten(0, (-1, group)).to(value.dtype)
     count = ok.sum(1, keepdim=True).clamp(min=1)
     mean = (x * ok).sum(1, keepdim=True) / count

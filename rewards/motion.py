@@ -50,9 +50,7 @@ class Motion:
     def __post_init__(self) -> None:
         check_weight("motion", self.weight)
         if self.profile not in PROFILES:
-            raise ValueError(
-                f"reward.motion.profile must be one of {', '.join(PROFILES)}, got {self.profile}"
-            )
+            raise ValueError(f"reward.motion.profile must be one of {', '.join(PROFILES)}, got {self.profile}")
         for name in ("alpha", "scale"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
@@ -130,9 +128,7 @@ class Motion:
         moved = hidden.nanmedian(2).values if self.agreement == "median" else hidden.nanmean(2)
         moved = moved.where(seen.any(2)[..., None], shift[:, :, 0])
         share = seen.float().mean(2)
-        return Tracks(
-            points[:, :, None] + moved, share >= 0.5, tracks.confidence.unflatten(1, groups).mean(2)
-        )
+        return Tracks(points[:, :, None] + moved, share >= 0.5, tracks.confidence.unflatten(1, groups).mean(2))
 
 
 def _on_circle(radius: float, i: int, n: int) -> list[float]:

@@ -43,9 +43,7 @@ class Smoothness:
 
         pixels = video.float() / 2
         jerk = (pixels[:, :, :-2] / 2 + pixels[:, :, 2:] / 2 - pixels[:, :, 1:-1]).abs().mean((1, 3, 4))
-        value = pad(1 - self.scale * jerk, (2, 0))[
-            :, None
-        ]  # [B, 1, T], indexed by the last of the three frames
+        value = pad(1 - self.scale * jerk, (2, 0))[:, None]  # [B, 1, T], indexed by the last of the three frames
         counts = torch.ones_like(value, dtype=torch.bool)
         counts[..., :2] = False
         mean = per_latent_mean(value, counts)

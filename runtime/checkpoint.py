@@ -99,8 +99,7 @@ def load(folder: Path) -> Snapshot:
     broken = _broken(folder)
     if broken:
         raise ValueError(
-            f"checkpoint {folder}: {', '.join(broken)} missing or changed "
-            f"since written; use another checkpoint"
+            f"checkpoint {folder}: {', '.join(broken)} missing or changed since written; use another checkpoint"
         )
     names = json.loads((folder / MANIFEST).read_text())
     tensors = {Path(n).stem: load_file(folder / n) for n in names if n.endswith(".safetensors")}
@@ -123,9 +122,7 @@ def latest(run_dir: Path) -> Path | None:
 def complete_steps(run_dir: Path) -> list[int]:
     """Steps of the checkpoints in `run_dir` that have a manifest, ascending. Hashes are not verified."""
     return sorted(
-        int(p.parent.name[5:])
-        for p in (run_dir / FOLDER).glob(f"step_*/{MANIFEST}")
-        if p.parent.name[5:].isdigit()
+        int(p.parent.name[5:]) for p in (run_dir / FOLDER).glob(f"step_*/{MANIFEST}") if p.parent.name[5:].isdigit()
     )
 
 
@@ -142,8 +139,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         )
     if not (folder / MANIFEST).is_file() or not (folder / STATE).is_file():
         raise FileNotFoundError(
-            f"checkpoint={folder}: not a complete checkpoint (no {MANIFEST}); "
-            f"choose a step_* folder that has one"
+            f"checkpoint={folder}: not a complete checkpoint (no {MANIFEST}); choose a step_* folder that has one"
         )
     try:
         state = json.loads((folder / STATE).read_text())
@@ -224,9 +220,7 @@ def _broken(folder: Path) -> list[str]:
     except (FileNotFoundError, ValueError):
         return [MANIFEST]
     return [
-        name
-        for name, digest in manifest.items()
-        if not (folder / name).is_file() or sha256(folder / name) != digest
+        name for name, digest in manifest.items() if not (folder / name).is_file() or sha256(folder / name) != digest
     ]
 
 

@@ -131,16 +131,10 @@ class _Job:
 
     def _folder(self, cfg: DictConfig) -> str:
         if cfg.run_dir is not None and not isinstance(cfg.run_dir, str):
-            raise ValueError(
-                f"run_dir must be text, got {cfg.run_dir!r}; quote it: run_dir=\"'{cfg.run_dir}'\""
-            )
+            raise ValueError(f"run_dir must be text, got {cfg.run_dir!r}; quote it: run_dir=\"'{cfg.run_dir}'\"")
         given = cfg.run_dir
         if HydraConfig.get().mode == RunMode.MULTIRUN:
-            return (
-                str(Path(given) / str(HydraConfig.get().job.num))
-                if given
-                else HydraConfig.get().runtime.output_dir
-            )
+            return str(Path(given) / str(HydraConfig.get().job.num)) if given else HydraConfig.get().runtime.output_dir
         if cfg.resume is True and given is None:
             raise ValueError("resume=true needs the folder of the run to go on with; add run_dir=...")
         return given or str(Path("outputs") / self.config_name / time.strftime("%Y-%m-%d_%H-%M-%S"))

@@ -138,10 +138,7 @@ def _stack(axes: Axes, rows: Rows, phases: Sequence[str]) -> None:
     x = [float(row.get("update", row.get("step", i))) for i, row in enumerate(timed)]
     heights = [[float(row.get(key, 0)) for row in timed] for key in ordered]
     names = [key.removeprefix(SECONDS) for key in ordered]
-    colours = [
-        REST_COLOUR if name == "rest" else PHASE_COLOURS[i % len(PHASE_COLOURS)]
-        for i, name in enumerate(names)
-    ]
+    colours = [REST_COLOUR if name == "rest" else PHASE_COLOURS[i % len(PHASE_COLOURS)] for i, name in enumerate(names)]
     if len(x) == 1:  # an area needs two points
         x, heights = [x[0] - 0.5, x[0] + 0.5], [h * 2 for h in heights]
     axes.stackplot(x, heights, labels=names, colors=colours)

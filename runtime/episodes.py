@@ -80,7 +80,9 @@ def fixed_clips(world: World, split: str, count: int) -> list[ClipBatch]:
     size = world.size(split)
     shares = [count // len(buckets) + (i < count % len(buckets)) for i in range(len(buckets))]
     if size is not None and max(shares) > size:
-        raise ValueError(f"evaluation.clips={count}: the {split} split holds {size} clips; use at most {size * len(buckets)}")
+        raise ValueError(
+            f"evaluation.clips={count}: the {split} split holds {size} clips; use at most {size * len(buckets)}"
+        )
     return [world.batch(split, _first(n), bucket) for n, bucket in zip(shares, buckets, strict=True) if n]
 
 

@@ -97,8 +97,8 @@ def measure(samples: list[Sample], truth: list[Sample], judge: Judge) -> dict[st
     Returns:
         `motion_error_px` (mean over clips of the distance between asked and tracked path where the point is in sight)
         with `motion_error_px_ci` (half-width of its 95 % interval over clips), `motion_error_px_median` (of the clips),
-        `motion_visible` (share of asked positions the tracker saw), `aesthetic` (judge's scorer), `frechet` (frames) and
-        `frechet_video`, both against the true clips.
+        `motion_visible` (share of asked positions the tracker saw), `aesthetic` (judge's scorer), `frechet` (frames)
+        and `frechet_video`, both against the true clips.
     """
     errors, visible, scores = [], [], []
     for s in samples:

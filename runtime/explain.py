@@ -75,9 +75,7 @@ def known_keys(config_name: str, config_dir: str | None = None) -> list[str]:
 
 def groups() -> list[str]:
     """Return the config groups of this repository."""
-    return sorted(
-        p.name for p in CONF.iterdir() if p.is_dir() and any(p.glob("*.yaml")) and p.name != "local"
-    )
+    return sorted(p.name for p in CONF.iterdir() if p.is_dir() and any(p.glob("*.yaml")) and p.name != "local")
 
 
 def _composed(

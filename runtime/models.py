@@ -47,8 +47,7 @@ class Pretrained:
         for part in (self.transformer, "vae", "text_encoder"):
             if not (self.folder / part / "config.json").is_file():
                 raise FileNotFoundError(
-                    f"model.path={self.path}: {self.folder / part} has no "
-                    f"config.json; train it with `make tiny`"
+                    f"model.path={self.path}: {self.folder / part} has no config.json; train it with `make tiny`"
                 )
 
     def load(self, device: str) -> Networks:

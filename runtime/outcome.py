@@ -37,7 +37,9 @@ class Outcome:
         self.path = session.run_dir / RESULT
         self.curve: list[dict[str, float]] = []
         if session.iteration and self.path.is_file():
-            self.curve = [row for row in json.loads(self.path.read_text())["curve"] if row["update"] <= session.iteration]
+            self.curve = [
+                row for row in json.loads(self.path.read_text())["curve"] if row["update"] <= session.iteration
+            ]
         self.truth = measure(session.truth, session.truth, session.judge)
         self._write_inputs()
 
@@ -73,8 +75,9 @@ class Outcome:
         page = report.write(run_dir)
         gain = 100 * (1 - last["motion_error_px"] / first["motion_error_px"])
         return (
-            f"held-out motion error {first['motion_error_px']:.3f} -> {last['motion_error_px']:.3f} px ({gain:+.1f} % better; "
-            f"true clips {self.truth['motion_error_px']:.3f}), aesthetic {first['aesthetic']:.3f} -> {last['aesthetic']:.3f}, "
+            f"held-out motion error {first['motion_error_px']:.3f} -> {last['motion_error_px']:.3f} px "
+            f"({gain:+.1f} % better; true clips {self.truth['motion_error_px']:.3f}), "
+            f"aesthetic {first['aesthetic']:.3f} -> {last['aesthetic']:.3f}, "
             f"Frechet {first['frechet']:.4f} -> {last['frechet']:.4f}\nreport: {page}"
         )
 

@@ -20,11 +20,12 @@ def describe(session: Session) -> str:
     total = sum(p.numel() for p in networks.transformer.parameters())
     terms = " + ".join(f"{term.weight:g} {name}" for name, term in s.reward.items())
     lines = [
-        f"model      {s.model.folder.name}/{s.model.transformer}: {total / 1e6:.2f} M parameters, {trainable / 1e6:.2f} M train, "
-        f"on {session.device} ({torch.get_num_threads()} threads)",
+        f"model      {s.model.folder.name}/{s.model.transformer}: {total / 1e6:.2f} M parameters, "
+        f"{trainable / 1e6:.2f} M train, on {session.device} ({torch.get_num_threads()} threads)",
         f"world      {type(s.world).__name__.lower()}: sizes {', '.join(f'{h}x{w}' for h, w in s.world.buckets)}, "
         f"{r.frames} latent = {4 * r.frames - 3} pixel frames",
-        f"reward     {terms}; motion found by {type(s.tracker).__name__}, judged by {type(s.evaluation.tracker).__name__}",
+        f"reward     {terms}; motion found by {type(s.tracker).__name__}, "
+        f"judged by {type(s.evaluation.tracker).__name__}",
         f"update     {r.prompts} prompts x {r.group_size} samples x {r.frames} frames x {len(r.sigmas) - 1} steps, "
         f"{s.algorithm.epochs * s.algorithm.minibatches} optimizer step(s); {s.updates} updates, seed {s.seed}",
         f"run        {session.run_dir}",

@@ -100,9 +100,7 @@ class Progress:
 def summary(metrics: Mapping[str, float], seconds: Mapping[str, float]) -> str:
     """Return the metrics that a person watches, and seconds per phase, as one line."""
     parts = [f"reward {metrics['reward']:.3f}"] if "reward" in metrics else []
-    parts += [
-        f"{name.removeprefix(TERMS)} {value:.3f}" for name, value in metrics.items() if name.startswith(TERMS)
-    ]
+    parts += [f"{name.removeprefix(TERMS)} {value:.3f}" for name, value in metrics.items() if name.startswith(TERMS)]
     parts += [f"error {value:.2f} px" for name, value in metrics.items() if name.endswith("error_px")]
     parts += [
         f"{label} {metrics[name]:.2g}"

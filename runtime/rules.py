@@ -33,8 +33,7 @@ def groups(settings: Settings) -> None:
     relative = getattr(settings.algorithm, "group_relative", False)
     require(
         size >= 2 or not relative,
-        f"rollout.group_size={size}: {_name(settings.algorithm)} compares "
-        f"the samples of a group; use 2 or more",
+        f"rollout.group_size={size}: {_name(settings.algorithm)} compares the samples of a group; use 2 or more",
     )
 
 

@@ -131,8 +131,7 @@ class Wandb:
             return Composite([local, WandbLog(self, run_dir, config)])
         except ImportError:
             print(
-                "notice: wandb is not installed (pip install -e '.[wandb]'); "
-                "metrics go to metrics.jsonl only",
+                "notice: wandb is not installed (pip install -e '.[wandb]'); metrics go to metrics.jsonl only",
                 file=sys.stderr,
             )
             return local

@@ -61,9 +61,7 @@ def build(cls: type, node: object, path: str = "") -> Any:
         if name not in fields and name != TARGET:
             raise ValueError(f"{_join(path, name)} does not exist; {suggest(str(name), fields)}")
     for name, field in fields.items():
-        optional = (
-            field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
-        )
+        optional = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
         if node.get(name, None if optional else MISSING) == MISSING:
             raise ValueError(f"{_join(path, name)} is missing; add {_join(path, name)}=...")
     hints = get_type_hints(cls)

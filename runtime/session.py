@@ -163,7 +163,8 @@ class Session:
     def _check_gap(self, gap: float) -> None:
         if not gap <= LARGEST_GAP:
             raise RuntimeError(
-                f"re-scored log-probs differ from those of acting by {gap:.2e} (at most {LARGEST_GAP:.0e} is rounding): "
+                f"re-scored log-probs differ from those of acting by {gap:.2e}, "
+                f"more than the {LARGEST_GAP:.0e} of rounding: "
                 f"policy and environment disagree, nothing learned from this is right"
             )
 
@@ -172,7 +173,9 @@ class Session:
         found = snapshot.tensors["weights"]
         if own.keys() != found.keys():
             odd = sorted(own.keys() ^ found.keys())
-            raise ValueError(f"the checkpoint trains other weights: {odd[0]} and {len(odd) - 1} more; use its adaptation")
+            raise ValueError(
+                f"the checkpoint trains other weights: {odd[0]} and {len(odd) - 1} more; use its adaptation"
+            )
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(found[name])

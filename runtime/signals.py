@@ -40,6 +40,5 @@ class StopFlag:
         # os.write: a handler may interrupt a print
         os.write(
             2,
-            f"\n{signal.Signals(number).name}: stopping after this "
-            f"update; once more leaves at once\n".encode(),
+            f"\n{signal.Signals(number).name}: stopping after this update; once more leaves at once\n".encode(),
         )

@@ -169,9 +169,7 @@ def write(path: Path, frames: Frames, fps: float) -> None:
         container.mux(stream.encode())
 
 
-def write_comparison(
-    path: Path, panels: Sequence[Frames], titles: Sequence[str], caption: str, fps: float
-) -> None:
+def write_comparison(path: Path, panels: Sequence[Frames], titles: Sequence[str], caption: str, fps: float) -> None:
     """Write `side_by_side` as `path` (mp4), and the `contact_sheet` beside it as PNG."""
     from PIL import Image
 
@@ -189,9 +187,7 @@ def _check_sizes(video: Tensor, asked: Trajectory, tracked_xy: Tensor | None, sc
             f"{asked.num_frames} of {asked.height}x{asked.width}"
         )
     if tracked_xy is not None and tracked_xy.shape != asked.xy.shape:
-        raise ValueError(
-            f"tracked path {tuple(tracked_xy.shape)} does not fit asked path {tuple(asked.xy.shape)}"
-        )
+        raise ValueError(f"tracked path {tuple(tracked_xy.shape)} does not fit asked path {tuple(asked.xy.shape)}")
 
 
 def _numpy(tensor: Tensor) -> NDArray[np.float64]:
@@ -209,9 +205,7 @@ def _enlarged_xy(xy: Tensor, scale: int) -> NDArray[np.float64]:
     return (_numpy(xy) + 0.5) * scale - 0.5
 
 
-def _line(
-    frame: Frames, xy: NDArray[np.float64], shown: NDArray[np.bool_], colour: Colour, pen: float
-) -> None:
+def _line(frame: Frames, xy: NDArray[np.float64], shown: NDArray[np.bool_], colour: Colour, pen: float) -> None:
     """Draw a path `[T, 2]` with a dark rim, broken where it is not shown."""
     import cv2
 
@@ -220,9 +214,7 @@ def _line(
         cv2.polylines(frame, runs, False, ink, thickness, cv2.LINE_AA, _SHIFT)
 
 
-def _dot(
-    frame: Frames, xy: NDArray[np.float64], radius: float, fill: Sequence[int], rim: Colour, pen: float
-) -> None:
+def _dot(frame: Frames, xy: NDArray[np.float64], radius: float, fill: Sequence[int], rim: Colour, pen: float) -> None:
     import cv2
 
     if not np.isfinite(xy).all():

@@ -202,9 +202,7 @@ def test_log_probs_are_float32_under_autocast_and_for_stored_rounding() -> None:
     assert all(value.dtype is torch.float32 for value in scores.values())
     chosen = rollout["stochastic"]
     actions, std = rollout["latents"][:, :, 1:][chosen].float(), scores["std"][chosen][:, None, None, None]
-    exact = torch.distributions.Normal(scores["mean"][chosen].double(), std.double()).log_prob(
-        actions.double()
-    )
+    exact = torch.distributions.Normal(scores["mean"][chosen].double(), std.double()).log_prob(actions.double())
     torch.testing.assert_close(scores["log_prob"][chosen].double(), exact.mean((1, 2, 3)), atol=1e-5, rtol=0)
     assert (scores["mean"] - plain["mean"]).abs().max() > 1e-4  # autocast was on
 
@@ -261,9 +259,7 @@ def perturb(module: torch.nn.Module) -> None:
     with torch.no_grad():
         for parameter in module.parameters():
             if parameter.requires_grad:
-                parameter.add_(
-                    torch.randn(parameter.shape, generator=torch.Generator().manual_seed(11)) * 0.1
-                )
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(11)) * 0.1)
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
@@ -350,7 +346,5 @@ def test_ema_follows_its_formula_and_swaps_back_bit_for_bit() -> None:
 
 
 def test_settings_load_without_torch() -> None:
-    code = (
-        "import policies.adapters, policies.causality, sys; assert not {'torch', 'peft'} & set(sys.modules)"
-    )
+    code = "import policies.adapters, policies.causality, sys; assert not {'torch', 'peft'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -43,9 +43,7 @@ def network() -> CausalWanTransformer3DModel:
     return model.eval()
 
 
-def scored_rollout(
-    actor: Any, settings: GRPO, schedule: Schedule | None = None, iteration: int = 0
-) -> TensorDict:
+def scored_rollout(actor: Any, settings: GRPO, schedule: Schedule | None = None, iteration: int = 0) -> TensorDict:
     source = ToySource(prompts=PROMPTS, group=GROUP, schedule=schedule or All(), iteration=iteration)
     collector = RolloutCollector(actor, source, source.score)
     rollout = collector.collect()
@@ -143,9 +141,7 @@ def test_kl_grows_with_a_step_and_pulls_back() -> None:
     distance = ((now["mean"] - initial["mean"])[chosen] / now["std"][chosen][:, None, None, None]).square()
     torch.testing.assert_close(losses["kl"], (distance.mean((1, 2, 3)) / 2).mean().detach())
     losses["loss_kl"].backward()
-    pull = sum(
-        float((p.grad * (p.detach() - b)).sum()) for p, b in zip(actor.parameters(), before, strict=True)
-    )
+    pull = sum(float((p.grad * (p.detach() - b)).sum()) for p, b in zip(actor.parameters(), before, strict=True))
     assert pull > 0, "descending the KL moves the weights back"
 
 
@@ -159,9 +155,7 @@ def test_clip_range_means_the_same_at_every_latent_size() -> None:
         "mask": torch.ones(1, 1, 1, dtype=torch.bool),
         "latents": torch.zeros(1, 1, 2, 2, 4, 4),
     }
-    objective, divergence, metrics = settings.loss(
-        TensorDict({"log_prob": new}), TensorDict(batch), None, None
-    )
+    objective, divergence, metrics = settings.loss(TensorDict({"log_prob": new}), TensorDict(batch), None, None)
     assert float(objective) == pytest.approx(-(1 + 0.32 / math.sqrt(size)), abs=1e-6)
     assert float(divergence) == 0 and float(metrics["clip_fraction"]) == 1
 

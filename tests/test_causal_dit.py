@@ -112,9 +112,7 @@ def test_one_block_equals_diffusers(per_frame: bool, image: bool) -> None:
     video = x["noisy"].transpose(1, 2)
     with torch.no_grad():
         expected = reference(video, timestep, text, tokens).sample
-        ours = model.parallel(
-            x["clean"], x["noisy"], sigma, text, causality=Causality(chunk=FRAMES), image=tokens
-        )
+        ours = model.parallel(x["clean"], x["noisy"], sigma, text, causality=Causality(chunk=FRAMES), image=tokens)
         torch.testing.assert_close(ours.transpose(1, 2), expected, atol=1e-5, rtol=0)
         door = model(video, timestep, text, tokens, return_dict=False)[0]
         torch.testing.assert_close(door, expected, atol=1e-5, rtol=0)
@@ -128,9 +126,7 @@ def test_image_context_with_any_text_length() -> None:
     with torch.no_grad():
         video, sigma = x["noisy"].transpose(1, 2), x["sigma"][:, :1]
         two = model(video, 1000 * sigma[:, 0], x["text"], image).sample.transpose(1, 2)
-        one = model.parallel(
-            x["clean"], x["noisy"], sigma.expand(-1, FRAMES), x["text"], causality=rule, image=image
-        )
+        one = model.parallel(x["clean"], x["noisy"], sigma.expand(-1, FRAMES), x["text"], causality=rule, image=image)
         other = model.parallel(
             x["clean"], x["noisy"], sigma.expand(-1, FRAMES), x["text"], causality=rule, image=-image
         )
@@ -196,17 +192,13 @@ def test_flex_and_dense_masks_are_one_predicate(rule: Causality) -> None:
     q, k = torch.randn(1, 2, dense.shape[0], 16), torch.randn(1, 2, dense.shape[1], 16)
     flex = torch.nn.attention.flex_attention.flex_attention(q, k, k, block_mask=blocks)
     torch.testing.assert_close(flex, torch.nn.functional.scaled_dot_product_attention(q, k, k, dense))
-    assert attention_mask(rule, queries, keys, tokens, cpu) is attention_mask(
-        rule, queries, keys, tokens, cpu
-    )
+    assert attention_mask(rule, queries, keys, tokens, cpu) is attention_mask(rule, queries, keys, tokens, cpu)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("history_gradient", [False, True])
 @pytest.mark.parametrize("chunk", [1, 3])
-def test_gradients_equal_the_frame_by_frame_reference(
-    chunk: int, history_gradient: bool, checkpointing: bool
-) -> None:
+def test_gradients_equal_the_frame_by_frame_reference(chunk: int, history_gradient: bool, checkpointing: bool) -> None:
     rule = Causality(chunk=chunk, window=3, sink=1, history_gradient=history_gradient)
     model, x = network(), inputs()
     weight = torch.randn(2, FRAMES, 3, 4, 6, generator=torch.Generator().manual_seed(4)) / 100
@@ -231,9 +223,7 @@ def test_history_gradient_is_what_the_switch_says() -> None:
             by_cache(model, x, rule, fused=True),
         ):
             (gradient,) = torch.autograd.grad(v.square().sum(), x["clean"], allow_unused=True)
-            reached = gradient is not None and bool(
-                gradient[:, : FRAMES - 1].abs().amax((0, 2, 3, 4)).gt(0).all()
-            )
+            reached = gradient is not None and bool(gradient[:, : FRAMES - 1].abs().amax((0, 2, 3, 4)).gt(0).all())
             assert reached == switch
             assert switch or gradient is None or gradient.abs().max() == 0
 
@@ -243,9 +233,7 @@ def test_cache_bounds_clone_and_reset() -> None:
     cache, zeros = KVCache(Causality(window=2, sink=1)), torch.zeros(2, 1)
 
     def act(memory: KVCache, frame: int, commit: int = 0) -> Tensor:
-        return model.cached(
-            x["clean"][:, frame : frame + 1], zeros, x["text"], memory, first=frame, commit=commit
-        )
+        return model.cached(x["clean"][:, frame : frame + 1], zeros, x["text"], memory, first=frame, commit=commit)
 
     with torch.no_grad():
         for frame in range(5):
@@ -279,9 +267,7 @@ def test_remembered_text_saves_work_and_never_cuts_a_gradient() -> None:
 def test_frames_beyond_the_rotary_table_are_refused() -> None:
     with pytest.raises(ValueError, match="rope_max_seq_len is 4"):
         x = inputs()
-        network(rope_max_seq_len=4).parallel(
-            x["clean"], x["noisy"], x["sigma"], x["text"], causality=Causality()
-        )
+        network(rope_max_seq_len=4).parallel(x["clean"], x["noisy"], x["sigma"], x["text"], causality=Causality())
 
 
 def test_weights_travel_in_diffusers_format(tmp_path: Any) -> None:

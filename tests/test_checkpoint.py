@@ -40,9 +40,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> N
 
 
 def snapshot(step: int, value: float = 1.0, **config: object) -> Snapshot:
-    return Snapshot(
-        step, {"seed": 0, **config}, {"weights": {"w": torch.full((2, 2), value)}}, {"dropped": 3}
-    )
+    return Snapshot(step, {"seed": 0, **config}, {"weights": {"w": torch.full((2, 2), value)}}, {"dropped": 3})
 
 
 def test_a_resumed_learner_equals_an_uninterrupted_one_bit_for_bit(tmp_path: Path) -> None:
@@ -128,9 +126,7 @@ def test_damage_is_found_and_the_one_before_is_used(tmp_path: Path, damage: str)
     if damage == "gone":
         path.unlink()
     else:
-        path.write_bytes(
-            content[:-1] + bytes([content[-1] ^ 1]) if damage == "flip" else content[: len(content) // 2]
-        )
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]) if damage == "flip" else content[: len(content) // 2])
     with pytest.raises((ValueError, FileNotFoundError)):
         load(folder)
     assert latest(tmp_path) == tmp_path / "checkpoints" / "step_000001"

@@ -29,9 +29,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], 
         monkeypatch.setattr(sys, "argv", ["experiments/grpo.py", *arguments])
         capfd.readouterr()
         with pytest.raises(SystemExit) as left:
-            cli.main(
-                "grpo", experiment or (lambda plan: print("ran", plan.settings.run_dir, plan.settings.seed))
-            )
+            cli.main("grpo", experiment or (lambda plan: print("ran", plan.settings.run_dir, plan.settings.seed)))
         out, err = capfd.readouterr()
         return int(left.value.code or 0), out, err
 

@@ -21,9 +21,7 @@ DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "clips"
 
 def pixels(path: torch.Tensor, size: tuple[int, int] = (32, 32), seed: int = 0) -> np.ndarray:
     """Frames `[T, H, W, 3]` uint8 of a moving disc."""
-    return (
-        ((render(path, size, seed=seed).permute(1, 2, 3, 0) + 1) * 127.5).clamp(0, 255).round().byte().numpy()
-    )
+    return ((render(path, size, seed=seed).permute(1, 2, 3, 0) + 1) * 127.5).clamp(0, 255).round().byte().numpy()
 
 
 def frame_folder(root: Path, name: str, frames: np.ndarray) -> None:
@@ -38,9 +36,7 @@ def encode(path: Path, frames: np.ndarray, codec: str, form: str, fps: int = 8) 
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], form
         stream.bit_rate = 4_000_000
         for frame in frames:
-            container.mux(
-                stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format=form))
-            )
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format=form)))
         container.mux(stream.encode())
 
 
@@ -103,9 +99,7 @@ class TestSamples:
             s: {n.rsplit("/", 1)[0] for n in world.batch(s, range(world.size(s)), (32, 32)).names}
             for s in ("train", "heldout")
         }
-        assert (
-            len(names["train"]) == 6 and len(names["heldout"]) == 2 and not names["train"] & names["heldout"]
-        )
+        assert len(names["train"]) == 6 and len(names["heldout"]) == 2 and not names["train"] & names["heldout"]
         assert world.size("hard") == 0
         one_window = Clips(str(folder), frames=21, points=4)
         assert (one_window.size("train"), one_window.size("heldout")) == (6, 2)
@@ -158,12 +152,8 @@ class TestSamples:
 
 
 class TestGivenTracks:
-    @pytest.mark.parametrize(
-        ("bucket", "source"), [("32x32", (40, 64)), ("24x40", (48, 48)), ("32x32", (32, 32))]
-    )
-    def test_tracks_go_where_the_pixels_go(
-        self, tmp_path: Path, bucket: str, source: tuple[int, int]
-    ) -> None:
+    @pytest.mark.parametrize(("bucket", "source"), [("32x32", (40, 64)), ("24x40", (48, 48)), ("32x32", (32, 32))])
+    def test_tracks_go_where_the_pixels_go(self, tmp_path: Path, bucket: str, source: tuple[int, int]) -> None:
         path = line((source[1] / 2 - 5, source[0] / 2 - 4), (0.7, 0.5), 13)
         frame_folder(tmp_path, "dot", dots(path, source))
         write_trajectory(tmp_path / "dot.npz", track_of(path, source))

@@ -80,9 +80,7 @@ def composed(group: str, choice: str, tmp_path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES, ids=["=".join(c) for c in CHOICES])
-def test_every_choice_composes_validates_builds_and_is_explained(
-    group: str, choice: str, tmp_path: Path
-) -> None:
+def test_every_choice_composes_validates_builds_and_is_explained(group: str, choice: str, tmp_path: Path) -> None:
     config = composed(group, choice, tmp_path)
     built = schema.build(Settings, config)
     refusal = REFUSED_ALONE.get((group, choice))
@@ -160,18 +158,13 @@ def test_bad_sums_are_refused_with_a_reason(text: str, why: str) -> None:
 
 
 def test_unknown_terms_list_the_known_ones() -> None:
-    with pytest.raises(
-        ConfigCompositionException, match=r"(?s)Could not find 'reward/nosuch'.*" + ".*".join(REWARDS)
-    ):
+    with pytest.raises(ConfigCompositionException, match=r"(?s)Could not find 'reward/nosuch'.*" + ".*".join(REWARDS)):
         compose("train", ["reward=motion+nosuch"])
 
 
 def test_a_later_override_beats_the_weight_of_a_sum_and_a_term_alone_is_the_plain_file() -> None:
     assert (
-        weights(plain(compose("train", ["reward=motion+0.5*aesthetic", "reward.aesthetic.weight=3"])))[
-            "aesthetic"
-        ]
-        == 3
+        weights(plain(compose("train", ["reward=motion+0.5*aesthetic", "reward.aesthetic.weight=3"])))["aesthetic"] == 3
     )
     alone, term = (plain(compose("train", [f"reward={r}"]))["reward"] for r in ("motion", "1.0*motion"))
     assert alone == term and list(alone) == ["motion"]
@@ -304,7 +297,7 @@ Pretrained.check = lambda self: None
 with initialize_config_dir(str(CONF), version_base="1.3"):
     validate(compose("grpo"))
     assert time.process_time() < 1, time.process_time()
-    for choice in ["logger=wandb", "adaptation=lora", "schedule=random_k", "reward=smoothness"]:
+    for choice in ["logger=local", "adaptation=lora", "schedule=random_k", "reward=smoothness"]:
         validate(compose("grpo", [choice]))
 import runtime.cli
 heavy = "torch torchrl tensordict diffusers transformers cv2 av matplotlib wandb"
@@ -319,7 +312,7 @@ def test_identity_ignores_where_and_how_long_but_nothing_else() -> None:
         checked(*o).config
         for o in (
             [],
-            ["updates=9", "run_dir=x", "logger=wandb", "saving.keep=5"],
+            ["updates=9", "run_dir=x", "logger=local", "saving.keep=5"],
             ["optimizer.lr=2e-5", "schedule=all"],
         )
     )

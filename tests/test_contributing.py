@@ -40,10 +40,7 @@ def experiment(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str
 def test_a_reward_in_a_scratch_folder_works_from_the_command_line(folder: Path) -> None:
     done = experiment(folder, "reward=motion+0.5*redness", "reward.redness.gain=2")
     assert done.returncode == 0, done.stderr
-    assert (
-        "'redness': Redness(weight=0.5, gain=2.0)" in done.stdout
-        and "'motion': Motion(weight=1.0" in done.stdout
-    )
+    assert "'redness': Redness(weight=0.5, gain=2.0)" in done.stdout and "'motion': Motion(weight=1.0" in done.stdout
 
     bad = experiment(folder, "reward=redness", "reward.redness.gain=-1")
     assert (bad.returncode, bad.stderr) == (2, "error: reward.redness.gain must be positive, got -1.0\n")

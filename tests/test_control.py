@@ -71,9 +71,7 @@ def test_presence_keeps_no_touch_no_force_and_not_asked_apart() -> None:
 
 def only(path: Trajectory, k: int) -> Trajectory:
     rows = slice(k, k + 1)
-    return replace(
-        path, xy=path.xy[:, rows], intensity=path.intensity[:, rows], presence=path.presence[:, rows]
-    )
+    return replace(path, xy=path.xy[:, rows], intensity=path.intensity[:, rows], presence=path.presence[:, rows])
 
 
 def test_the_larger_touch_counts() -> None:

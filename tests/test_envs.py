@@ -47,9 +47,7 @@ class CPSPolicy:
         return state.update({"action": action, "log_prob": value, "std": std.view(-1, 1)})
 
 
-def act(
-    source: ToySource, policy: CPSPolicy
-) -> tuple[list[TensorDictBase], list[torch.Tensor], list[torch.Tensor]]:
+def act(source: ToySource, policy: CPSPolicy) -> tuple[list[TensorDictBase], list[torch.Tensor], list[torch.Tensor]]:
     """Run one episode on the bare core: states, actions, rewards."""
     state, done = source(), torch.tensor(False)
     states, actions, rewards = [state], [], []
@@ -66,9 +64,9 @@ def act(
 def test_core_walks_the_chain() -> None:
     source = ToySource(prompts=2, group=2)
     states, actions, rewards = act(source, CPSPolicy(error=0.1))
-    assert [(int(s["frame"][0]), int(s["step"][0])) for s in states] == [
-        (m, n) for m in range(3) for n in range(3)
-    ] + [(3, 0)]
+    assert [(int(s["frame"][0]), int(s["step"][0])) for s in states] == [(m, n) for m in range(3) for n in range(3)] + [
+        (3, 0)
+    ]
     for i, (before, after, action) in enumerate(zip(states, states[1:], actions, strict=False)):
         expected = before["latents"].clone()
         expected[:, i // 3] = action
@@ -137,9 +135,7 @@ def test_snapshot_is_the_state_the_policy_saw() -> None:
 
 def test_rollout_is_the_episode_of_the_core() -> None:
     """Collected through TorchRL = the bare core, and the rollout has the agreed keys and shapes."""
-    rollout = RolloutCollector(
-        CPSPolicy(0.1), source := ToySource(prompts=2, group=2), source.score
-    ).collect()
+    rollout = RolloutCollector(CPSPolicy(0.1), source := ToySource(prompts=2, group=2), source.score).collect()
     states, actions, rewards = act(twin := ToySource(prompts=2, group=2), CPSPolicy(0.1))
     assert twin.iteration == 1
     assert torch.equal(rollout["latents"][:, :, 0], states[0]["latents"])

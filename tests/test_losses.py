@@ -21,12 +21,8 @@ def test_group_advantage_by_hand() -> None:
     reward = torch.tensor([[1.0, 0.0], [2.0, 0.0], [3.0, 6.0], [6.0, 6.0]])
     # Frame 0: mean 3, squares 4 + 1 + 0 + 9 = 14; frame 1: mean 3, squares 36.
     unbiased = group_advantage(reward, 4, "unbiased", eps=0.5)
-    torch.testing.assert_close(
-        unbiased[:, 0], torch.tensor([-2.0, -1.0, 0.0, 3.0]) / (math.sqrt(14 / 3) + 0.5)
-    )
-    torch.testing.assert_close(
-        unbiased[:, 1], torch.tensor([-3.0, -3.0, 3.0, 3.0]) / (math.sqrt(36 / 3) + 0.5)
-    )
+    torch.testing.assert_close(unbiased[:, 0], torch.tensor([-2.0, -1.0, 0.0, 3.0]) / (math.sqrt(14 / 3) + 0.5))
+    torch.testing.assert_close(unbiased[:, 1], torch.tensor([-3.0, -3.0, 3.0, 3.0]) / (math.sqrt(36 / 3) + 0.5))
     biased = group_advantage(reward, 4, "biased", eps=1e-6)
     torch.testing.assert_close(biased[:, 1], torch.tensor([-1.0, -1.0, 1.0, 1.0]))
     # The convention alone changes the scale by 15 % at G = 4.
@@ -211,9 +207,7 @@ def test_equals_clip_ppo_of_torchrl() -> None:
 
     new = log_prob(action, net(state), std)
     everything = torch.ones(count, 1, 1, dtype=torch.bool)
-    ours, metrics = clipped_surrogate(
-        new[:, None, None], old[:, None, None], advantage[:, None], everything, clip, 5.0
-    )
+    ours, metrics = clipped_surrogate(new[:, None, None], old[:, None, None], advantage[:, None], everything, clip, 5.0)
     for side in (new - old > math.log1p(clip), new - old < math.log1p(-clip)):
         assert (side & (advantage > 0)).any() and (side & (advantage < 0)).any()
     assert 0 < float(metrics["clip_fraction"]) < 1

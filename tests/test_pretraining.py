@@ -77,9 +77,7 @@ class PointMass(nn.Module):
         super().__init__()
         self.scale = nn.Parameter(torch.tensor(scale))
 
-    def parallel(
-        self, clean: Tensor, noisy: Tensor, sigma: Tensor, text: Tensor, *, causality: Any
-    ) -> Tensor:
+    def parallel(self, clean: Tensor, noisy: Tensor, sigma: Tensor, text: Tensor, *, causality: Any) -> Tensor:
         x0, x = clean[:, :, :2], noisy[:, :, :2]
         return (x - self.scale * x0) / sigma[..., None, None, None]
 
@@ -116,9 +114,7 @@ def test_ode_of_a_point_mass_is_a_straight_line_to_it(substeps: int) -> None:
 
 def test_flow_matching_finds_the_point_mass() -> None:
     model: Any = PointMass(0.8)
-    trained: Any = flow.train_flow(
-        [latent_pool()], flow.FlowStage(steps=80, batch=4, lr=0.02, ema=0.0), model, silent
-    )
+    trained: Any = flow.train_flow([latent_pool()], flow.FlowStage(steps=80, batch=4, lr=0.02, ema=0.0), model, silent)
     assert trained.scale.item() == pytest.approx(1.0, abs=0.03)
 
 
@@ -154,9 +150,7 @@ def test_latent_pool_draws_by_key() -> None:
     noise = condition[:, 1:, 4:6]
     assert (noise - latents[:, 1:]).abs().amax((1, 2, 3, 4)).min() > 0.1 and 0.5 < noise.std() < 1.5
     assert pool.sample((0,), 4, text_dropout=1.0)[2].abs().max() == 0
-    dropped = torch.cat(
-        [pool.sample((0, n), 8, text_dropout=0.3)[2].abs().sum((1, 2)) == 0 for n in range(50)]
-    )
+    dropped = torch.cat([pool.sample((0, n), 8, text_dropout=0.3)[2].abs().sum((1, 2)) == 0 for n in range(50)])
     assert float(dropped.float().mean()) == pytest.approx(0.3, abs=0.08)
 
 
@@ -235,9 +229,7 @@ def test_clip_loss_is_least_for_matched_pairs() -> None:
     assert float(matched) == pytest.approx(-math.log(math.exp(scale) / (math.exp(scale) + 3)), rel=1e-3)
     for shift in (1, 2, 3):
         assert towers.clip_loss(pairs, pairs.roll(shift, 0), temperature) > matched + 1
-    assert float(towers.clip_loss(torch.ones(4, 1), torch.ones(4, 1), temperature)) == pytest.approx(
-        math.log(4)
-    )
+    assert float(towers.clip_loss(torch.ones(4, 1), torch.ones(4, 1), temperature)) == pytest.approx(math.log(4))
     huge = towers.clip_loss(pairs, pairs.roll(1, 0), torch.tensor(50.0))
     assert float(huge) == pytest.approx(100.0), "the temperature is capped"
 
@@ -324,9 +316,7 @@ def test_training_and_acting_condition_alike(networks: Networks) -> None:
     kept = torch.ones_like(acting, dtype=torch.bool)
     kept[:, 1:, 4:8] = False  # noise in place of the reference
     torch.testing.assert_close(training[kept], acting[kept], atol=1e-4, rtol=0)
-    torch.testing.assert_close(
-        text, networks.text.encode([clips.prompts[i] for i in order]), atol=1e-5, rtol=0
-    )
+    torch.testing.assert_close(text, networks.text.encode([clips.prompts[i] for i in order]), atol=1e-5, rtol=0)
 
 
 def test_stages_are_functions_of_their_seed(folder: Path, tmp_path: Path) -> None:

@@ -101,9 +101,7 @@ def test_paths_break_where_nothing_is_asked_for_or_the_track_is_lost() -> None:
     whole, broken = (changed(videos.draw(blank(), path, None, SCALE)) for path in (asked, gap))
     assert whole[:, :, column].any() and not broken[:, :, column].any()
     lost = torch.full_like(asked.xy, math.nan)
-    np.testing.assert_array_equal(
-        videos.draw(blank(), asked, lost, SCALE), videos.draw(blank(), asked, None, SCALE)
-    )
+    np.testing.assert_array_equal(videos.draw(blank(), asked, lost, SCALE), videos.draw(blank(), asked, None, SCALE))
     far = asked.xy + 1e9  # must neither overflow nor wrap around into the frame
     np.testing.assert_array_equal(
         has(videos.draw(blank(), asked, far, SCALE), videos.TRACKED), np.zeros(whole.shape, bool)

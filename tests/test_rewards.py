@@ -199,15 +199,11 @@ class TestAesthetic:
     )
     def test_published_heads(self, file: str, expected: list[float]) -> None:
         w, b = load_head(DATA / file, hashlib.sha256((DATA / file).read_bytes()).hexdigest())
-        embeddings = torch.from_numpy(
-            np.stack([np.load(DATA / f"vit_l_14_rating{i}.npy").ravel() for i in range(10)])
-        )
+        embeddings = torch.from_numpy(np.stack([np.load(DATA / f"vit_l_14_rating{i}.npy").ravel() for i in range(10)]))
         scores = torch.nn.functional.normalize(embeddings.float(), dim=-1) @ w + b
         torch.testing.assert_close(scores, torch.tensor(expected), atol=2e-3, rtol=0)
         if "linearMSE" in file:
-            assert float(w.norm()) == pytest.approx(17.9956, abs=1e-3) and b == pytest.approx(
-                5.23665, abs=1e-4
-            )
+            assert float(w.norm()) == pytest.approx(17.9956, abs=1e-3) and b == pytest.approx(5.23665, abs=1e-4)
 
     @pytest.mark.parametrize("frames", [1, 3, 4])
     def test_scores_the_last_frames_of_each_latent_frame(self, tmp_path: Path, frames: int) -> None:
@@ -305,9 +301,7 @@ class TestComposite:
         assert out["valid"].all()
 
     def test_normalize_then_sum_ignores_the_scale_of_a_term(self) -> None:
-        plain = Composite(
-            {"a": Given(self.a), "b": Given(self.b)}, combine="normalize_then_sum", epsilon=1e-8
-        )
+        plain = Composite({"a": Given(self.a), "b": Given(self.b)}, combine="normalize_then_sum", epsilon=1e-8)
         scaled = Composite(
             {"a": Given(self.a), "b": Given(1000 * self.b + 7)}, combine="normalize_then_sum", epsilon=1e-8
         )

@@ -217,10 +217,7 @@ def test_the_camera_pans() -> None:
     along = cosine_similarity(step[:, :-1], step[:, 1:], dim=-1)
     assert along.min() > 0.99
     far = torch.cdist(pixel_grid(), still.trajectory.xy[:, 0].mean(1)).T.view(8, 32, 32) > 20
-    changes = [
-        (video[:, :, -1] - video[:, :, 0]).abs().amax(1)[far].median()
-        for video in (still.video, panned.video)
-    ]
+    changes = [(video[:, :, -1] - video[:, :, 0]).abs().amax(1)[far].median() for video in (still.video, panned.video)]
     assert changes[0] < 1e-6 and changes[1] > 0.02
 
 

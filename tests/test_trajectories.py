@@ -144,9 +144,7 @@ class TestTransforms:
 
     @settings(max_examples=40, deadline=None)
     @given(st.integers(16, 60), st.integers(16, 60), st.sampled_from([(32, 32), (24, 40), (40, 24)]))
-    def test_bucket_moves_points_as_it_moves_pixels(
-        self, height: int, width: int, bucket: tuple[int, int]
-    ) -> None:
+    def test_bucket_moves_points_as_it_moves_pixels(self, height: int, width: int, bucket: tuple[int, int]) -> None:
         """An image of its own coordinates, cropped and resized, holds the transformed coordinates."""
         top, left, h, w = cover_box(height, width, bucket)
         assert top >= 0 and left >= 0 and top + h <= height and left + w <= width
@@ -156,12 +154,8 @@ class TestTransforms:
         image = torch.nn.functional.interpolate(ramp, size=bucket, mode="bilinear", align_corners=False)[0]
         inner = (bucket[0] // 2, bucket[1] // 2)
         point = image[:, inner[0], inner[1]]
-        t = Trajectory(
-            point.reshape(1, 1, 2), torch.ones(1, 1), torch.ones(1, 1, dtype=torch.bool), height, width, 8.0
-        )
-        assert torch.allclose(
-            to_bucket(t, bucket).xy[0, 0], torch.tensor([inner[1], inner[0]]).float(), atol=1e-3
-        )
+        t = Trajectory(point.reshape(1, 1, 2), torch.ones(1, 1), torch.ones(1, 1, dtype=torch.bool), height, width, 8.0)
+        assert torch.allclose(to_bucket(t, bucket).xy[0, 0], torch.tensor([inner[1], inner[0]]).float(), atol=1e-3)
 
     def test_outside_the_crop_is_not_asked_for(self) -> None:
         xy = torch.tensor([[[1.0, 24.0], [32.0, 24.0], [62.0, 24.0]]])
@@ -188,9 +182,7 @@ class TestTransforms:
 
     def test_arc_length_of_absent_and_resting_tracks(self) -> None:
         t = sample(2)
-        rest = replace(
-            t, xy=torch.full_like(t.xy, 3.0), presence=torch.stack([torch.ones(9), torch.zeros(9)]).bool()
-        )
+        rest = replace(t, xy=torch.full_like(t.xy, 3.0), presence=torch.stack([torch.ones(9), torch.zeros(9)]).bool())
         even = resample_arc_length(rest, 5)
         assert (even.xy[0] == 3).all() and even.presence[0].all() and not even.presence[1].any()
 

@@ -45,9 +45,7 @@ def test_cps_keeps_signal_and_noise_of_the_next_level(eta: float, sigma: float, 
 @pytest.mark.parametrize("eta", [0.3, 0.7])
 def test_flow_sde_leaves_the_noise_its_formula_says(eta: float) -> None:
     sigma, after = TABLE[:2].double(), TABLE[1:3].double()
-    rate2 = (
-        eta**2 * sigma / (1 - torch.tensor([0.755, 0.755]).double())
-    )  # at sigma 1 the next level stands in
+    rate2 = eta**2 * sigma / (1 - torch.tensor([0.755, 0.755]).double())  # at sigma 1 the next level stands in
     step = sigma - after
     variance = (after - rate2 * step / (2 * sigma)) ** 2 + rate2 * step
     torch.testing.assert_close(excess_noise(FlowSDE(eta), sigma, after), variance.sqrt() / after)
@@ -71,9 +69,7 @@ def test_excess_noise_reference_values(kernel: Transition, expected: list[float]
 def test_excess_noise_of_a_shifted_table_and_of_the_last_step() -> None:
     plain = torch.tensor([1.0, 2 / 3, 1 / 3, 0.0])
     shifted = 5 * plain / (1 + 4 * plain)
-    assert excess_noise(FlowSDE(), shifted[:-1], shifted[1:])[:2].max().item() == pytest.approx(
-        1.39, abs=5e-3
-    )
+    assert excess_noise(FlowSDE(), shifted[:-1], shifted[1:])[:2].max().item() == pytest.approx(1.39, abs=5e-3)
     assert excess_noise(FlowSDE(), BEFORE, AFTER)[2].isinf()
     assert excess_noise(ODE(), BEFORE, AFTER)[2] == 1
 

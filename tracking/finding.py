@@ -18,9 +18,7 @@ RELIABLE = 0.8
 CORNERS, MARGIN, APART = 64, 2.0, 3.0
 
 
-def find_points(
-    frames: NDArray[np.uint8], count: int, fps: float
-) -> list[tuple[Trajectory, NDArray[np.bool_]]]:
+def find_points(frames: NDArray[np.uint8], count: int, fps: float) -> list[tuple[Trajectory, NDArray[np.bool_]]]:
     """Find up to `count` points in `frames [T, H, W, 3]`, best first; none where nothing can be tracked.
 
     Candidates are corners of frame 0, followed by Lucas-Kanade with a forward-backward check. Reliable ones
@@ -50,9 +48,7 @@ def _corners(frame: NDArray[np.uint8]) -> NDArray[np.float32]:
     import cv2
 
     scale = max(1, round(128 / min(frame.shape[:2])))
-    gray = cv2.resize(
-        cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY), None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC
-    )
+    gray = cv2.resize(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY), None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
     mask = np.zeros_like(gray)
     edge = round(MARGIN * scale)
     mask[edge:-edge, edge:-edge] = 255
@@ -62,9 +58,7 @@ def _corners(frame: NDArray[np.uint8]) -> NDArray[np.float32]:
     return ((points.reshape(-1, 2) + 0.5) / scale - 0.5).astype(np.float32)
 
 
-def _trajectory(
-    xy: NDArray[np.float32], visible: NDArray[np.bool_], size: tuple[int, ...], fps: float
-) -> Trajectory:
+def _trajectory(xy: NDArray[np.float32], visible: NDArray[np.bool_], size: tuple[int, ...], fps: float) -> Trajectory:
     import torch
 
     from tracking.trajectory import Trajectory

@@ -94,9 +94,7 @@ class LucasKanade:
             scores.append(np.where(visible, np.exp(-error), 0).astype(np.float32))
         return np.stack(positions, 1).astype(np.float32), np.stack(seen, 1), np.stack(scores, 1)
 
-    def _follow(
-        self, first: Any, second: Any, points: np.ndarray, guess: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _follow(self, first: Any, second: Any, points: np.ndarray, guess: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where `points [K, 2]` go from one image to another, and the forward-backward error `[K]`."""
         import cv2
         import numpy as np
@@ -114,9 +112,7 @@ class LucasKanade:
         there, found, _ = cv2.calcOpticalFlowPyrLK(
             first, second, points.reshape(column), guess.reshape(column).copy(), **settings
         )
-        back, returned, _ = cv2.calcOpticalFlowPyrLK(
-            second, first, there, points.reshape(column).copy(), **settings
-        )
+        back, returned, _ = cv2.calcOpticalFlowPyrLK(second, first, there, points.reshape(column).copy(), **settings)
         error = np.linalg.norm(back.reshape(-1, 2) - points, axis=-1)
         lost = (found.ravel() == 0) | (returned.ravel() == 0)
         return there.reshape(-1, 2), np.where(lost, np.inf, error)

@@ -96,9 +96,7 @@ class NCC:
         )
         return Tracks(xy, visible, confidence)
 
-    def _match(
-        self, region: Tensor, template: Tensor, weight: Tensor, centre: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _match(self, region: Tensor, template: Tensor, weight: Tensor, centre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Best place of `template [n, 3, p]` in `region [n, 3, R, R]`.
 
         `centre [n, 2]` is where the point is expected. Returns the displacement `[n, 2]` from the region's

@@ -88,22 +88,16 @@ def check_trajectory(trajectory: Trajectory, source: str, frames: int | None = N
     from tracking.transforms import inside
 
     if trajectory.height < 1 or trajectory.width < 1 or not 0 < trajectory.fps < float("inf"):
-        raise ValueError(
-            f"{source}: {trajectory.height}x{trajectory.width} at {trajectory.fps} fps must be positive"
-        )
+        raise ValueError(f"{source}: {trajectory.height}x{trajectory.width} at {trajectory.fps} fps must be positive")
     if frames is not None and trajectory.num_frames > frames:
-        raise ValueError(
-            f"{source}: track 0 is {trajectory.num_frames} frames long but the clip has {frames}; cut it"
-        )
+        raise ValueError(f"{source}: track 0 is {trajectory.num_frames} frames long but the clip has {frames}; cut it")
     force_ok = ((trajectory.intensity >= 0) & (trajectory.intensity <= 1)) | ~trajectory.presence
     bad = trajectory.presence & ~(inside(trajectory) & force_ok)
     if bool(bad.any()):
         track, frame = bad.nonzero()[0].tolist()
         if not bool(force_ok[track, frame]):
             force = float(trajectory.intensity[track, frame])
-            raise ValueError(
-                f"{source}: track {track} has intensity {force:g} in frame {frame}, outside [0, 1]"
-            )
+            raise ValueError(f"{source}: track {track} has intensity {force:g} in frame {frame}, outside [0, 1]")
         x, y = trajectory.xy[track, frame].tolist()
         raise ValueError(
             f"{source}: track {track} is at x {x:.1f}, y {y:.1f} in frame {frame}, outside the "
@@ -125,9 +119,7 @@ def _parse(path: Path, size: tuple[int, int] | None, fps: float | None) -> Traje
 def _own(path: Path, size: tuple[int, int] | None, fps: float | None) -> Trajectory:
     with np.load(path, allow_pickle=False) as data:
         height, width = size or (int(data["height"]), int(data["width"]))
-        return _build(
-            path, data["xy"], data["presence"], data["intensity"], (height, width), fps or float(data["fps"])
-        )
+        return _build(path, data["xy"], data["presence"], data["intensity"], (height, width), fps or float(data["fps"]))
 
 
 def _stroke(path: Path, size: tuple[int, int] | None, fps: float | None) -> Trajectory:
@@ -170,16 +162,12 @@ def _ati(path: Path, size: tuple[int, int] | None, fps: float | None) -> Traject
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path}: refused, it holds more than plain data ({_line(error)})") from error
     if not isinstance(raw, bytes):
-        raise ValueError(
-            f"{path}: holds {type(raw).__name__}, expected the bytes of an npz (ATI) or an npz with 'xy'"
-        )
+        raise ValueError(f"{path}: holds {type(raw).__name__}, expected the bytes of an npz (ATI) or an npz with 'xy'")
     with np.load(io.BytesIO(raw), allow_pickle=False) as data:
         array = data["array"].astype(np.float64) / ATI_SCALE
     if array.ndim != 4 or array.shape[2:] != (1, 3):
         raise ValueError(f"{path}: an array of shape {array.shape}, expected [K, T, 1, 3]")
-    return _build(
-        path, array[:, :, 0, :2], array[:, :, 0, 2] > 0.5, None, _given(path, size), fps or FPS["ati"]
-    )
+    return _build(path, array[:, :, 0, :2], array[:, :, 0, 2] > 0.5, None, _given(path, size), fps or FPS["ati"])
 
 
 def _build(
@@ -190,9 +178,7 @@ def _build(
     from tracking.trajectory import Trajectory
 
     if xy.ndim != 3 or xy.shape[-1] != 2 or 0 in xy.shape or xy.dtype.kind not in "fiu":
-        raise ValueError(
-            f"{path}: positions of shape {xy.shape} and type {xy.dtype}, expected numbers [K, T, 2]"
-        )
+        raise ValueError(f"{path}: positions of shape {xy.shape} and type {xy.dtype}, expected numbers [K, T, 2]")
     here = np.ones(xy.shape[:2], bool) if presence is None else presence.astype(bool)
     force = here if intensity is None else intensity
     return Trajectory(
@@ -207,9 +193,7 @@ def _build(
 
 def _given(path: Path, size: tuple[int, int] | None) -> tuple[int, int]:
     if size is None:
-        raise ValueError(
-            f"{path}: this format does not say how large its frame is; give size=(height, width)"
-        )
+        raise ValueError(f"{path}: this format does not say how large its frame is; give size=(height, width)")
     return size
 
 

@@ -44,9 +44,7 @@ def check_input(video: Tensor, queries: Tensor) -> None:
             f"got {tuple(video.shape)} and {tuple(queries.shape)}"
         )
     if video.shape[0] != queries.shape[0]:
-        raise ValueError(
-            f"{video.shape[0]} videos but queries for {queries.shape[0]}; one row of queries per video"
-        )
+        raise ValueError(f"{video.shape[0]} videos but queries for {queries.shape[0]}; one row of queries per video")
 
 
 @dataclass(frozen=True)

@@ -116,9 +116,7 @@ def _crop(trajectory: Trajectory, box: tuple[int, int, int, int], size: tuple[in
     top, left, height, width = box
     corner = trajectory.xy.new_tensor([left, top])
     factor = trajectory.xy.new_tensor([size[1] / width, size[0] / height])
-    return replace(
-        trajectory, xy=(trajectory.xy + 0.5 - corner) * factor - 0.5, height=size[0], width=size[1]
-    )
+    return replace(trajectory, xy=(trajectory.xy + 0.5 - corner) * factor - 0.5, height=size[0], width=size[1])
 
 
 def _even(xy: Tensor, force: Tensor, frames: int) -> Tensor:

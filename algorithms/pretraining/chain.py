@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -60,17 +60,18 @@ class Chain:
         self._stage("transformer", self.few_step, ["transformer"], self._adapt)
 
     def _teach(self, stage: FlowStage, to: Path) -> None:
-        pools = self._pools()
+        pools = self._pools
         text_dim = pools[0].text.shape[-1]
         model = build_transformer(stage, pools[0].latents.shape[2], text_dim)
         train_flow(pools, stage, model, self.report).save_pretrained(to / "teacher")
 
     def _adapt(self, stage: FewStepStage, to: Path) -> None:
         teacher = CausalWanTransformer3DModel.from_pretrained(self.out / "teacher", local_files_only=True)
-        train_few_step(self._pools(), stage, teacher, self.report).save_pretrained(to / "transformer")
+        train_few_step(self._pools, stage, teacher, self.report).save_pretrained(to / "transformer")
 
-    @cache  # noqa: B019  one chain per process; encoding the clips takes minutes
+    @cached_property
     def _pools(self) -> list[LatentPool]:
+        """Encoded training clips of every frame size; encoding them takes minutes."""
         video = VideoCodec(AutoencoderKLWan.from_pretrained(self.out / "vae", local_files_only=True))
         text = TextCodec(
             AutoTokenizer.from_pretrained(self.out / "tokenizer", local_files_only=True),
@@ -87,6 +88,7 @@ class Chain:
         began, scratch = time.time(), self.out / f".{name}"
         train(stage, scratch)
         for part in parts:
+            shutil.rmtree(self.out / part, ignore_errors=True)
             (scratch / part).replace(self.out / part)
         shutil.rmtree(scratch)
         recipe = self.out / RECIPE

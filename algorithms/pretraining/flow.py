@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -52,8 +53,8 @@ class FlowStage:
     heads: int = 4
     layers: int = 4
     ffn: int = 384
-    steps: int = 2000
-    batch: int = 32
+    steps: int = 1800
+    batch: int = 24
     lr: float = 1e-3
     shift: float = 3.0
     text_dropout: float = 0.1
@@ -63,7 +64,7 @@ class FlowStage:
 
 @dataclass(frozen=True)
 class FewStepStage:
-    """Settings of the adaptation to few steps: regression on the flow model's ODE end points (CausVid's initialisation).
+    """Settings of the adaptation to few steps: regression on the flow model's ODE end points (as CausVid starts).
 
     Attributes:
         seed: seed of the data order.
@@ -78,8 +79,8 @@ class FewStepStage:
     seed: int = 0
     sigmas: list[float] = field(default_factory=lambda: [1.0, 0.755, 0.522, 0.0])
     substeps: int = 3
-    steps: int = 300
-    batch: int = 32
+    steps: int = 250
+    batch: int = 24
     lr: float = 2e-4
     ema: float = 0.99
 
@@ -151,7 +152,11 @@ def predict(
 ) -> Tensor:
     """Velocity of noisy frames given true history: the parallel pass with the condition on the channels."""
     return model.parallel(
-        torch.cat([clean, condition], 2), torch.cat([noisy, condition], 2), sigma, text, causality=Causality(history_gradient=True)
+        torch.cat([clean, condition], 2),
+        torch.cat([noisy, condition], 2),
+        sigma,
+        text,
+        causality=Causality(history_gradient=True),
     )
 
 
@@ -171,20 +176,26 @@ def train_flow(
         velocity = predict(model, x0, noised(x0, eps, sigma), sigma, condition, text)
         return flow_matching_loss(velocity, x0, eps), {}
 
-    optimise(model.parameters(), Fit(stage.steps, stage.lr), loss_of, "flow", report, ema.update)
+    optimise(model.parameters(), Fit(stage.steps, stage.lr), loss_of, "flow", report, ema.update, matrices(model))
     return _averaged(model, ema)
 
 
 @torch.no_grad()
 def ode_trajectory(
-    model: CausalWanTransformer3DModel, x0: Tensor, eps: Tensor, condition: Tensor, text: Tensor, sigmas: list[float], substeps: int
+    model: CausalWanTransformer3DModel,
+    x0: Tensor,
+    eps: Tensor,
+    condition: Tensor,
+    text: Tensor,
+    sigmas: list[float],
+    substeps: int,
 ) -> tuple[Tensor, Tensor]:
     """Integrate from noise with true history; return the states at `sigmas[:-1]`, `[S, B, M, ...]`, and the end."""
     states, x = [], eps
-    for high, low in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for high, low in pairwise(sigmas):
         states.append(x)
         levels = torch.linspace(high, low, substeps + 1).tolist()
-        for sigma, after in zip(levels[:-1], levels[1:], strict=True):
+        for sigma, after in pairwise(levels):
             level = x0.new_full(x0.shape[:2], sigma)
             x = x + (after - sigma) * predict(model, x0, x, level, condition, text)
     return torch.stack(states), x
@@ -217,8 +228,15 @@ def train_few_step(
         clean = x - level * predict(student, x0, x, sigma, condition, text)
         return (clean - end).square().mean(), {"to_data": (clean.detach() - x0).square().mean().item()}
 
-    optimise(student.parameters(), Fit(stage.steps, stage.lr), loss_of, "few-step", report, ema.update)
+    optimise(
+        student.parameters(), Fit(stage.steps, stage.lr), loss_of, "few-step", report, ema.update, matrices(student)
+    )
     return _averaged(student, ema)
+
+
+def matrices(model: CausalWanTransformer3DModel) -> list[torch.nn.Parameter]:
+    """Weight matrices of the blocks: what Muon is for."""
+    return [p for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2]
 
 
 def _averaged(model: CausalWanTransformer3DModel, ema: EMA) -> CausalWanTransformer3DModel:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from torch.optim import Optimizer
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,22 @@ class Fit:
     clip: float = 1.0
 
 
+def optimizers(weights: list[nn.Parameter], matrices: Iterable[nn.Parameter], fit: Fit) -> list[Optimizer]:
+    """AdamW, and Muon for `matrices`: a tiny transformer learns about twice as much per step when the updates of its
+    hidden layers are orthogonal. Muon's steps are scaled to the size of AdamW's, so both share the learning rate.
+    """
+    import torch
+
+    hidden = list(matrices)
+    known = {id(p) for p in hidden}
+    others = [p for p in weights if id(p) not in known]
+    found: list[Optimizer] = [torch.optim.AdamW(others, lr=fit.lr, betas=fit.betas, weight_decay=fit.weight_decay)]
+    if hidden:
+        muon = torch.optim.Muon(hidden, lr=fit.lr, weight_decay=fit.weight_decay, adjust_lr_fn="match_rms_adamw")
+        found.append(muon)
+    return found
+
+
 def learning_rate(fit: Fit, step: int) -> float:
     """Learning rate of a step (0-based)."""
     return fit.lr * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * math.cos(0.5 * math.pi * step / fit.steps) ** 2)
@@ -43,26 +60,30 @@ def optimise(
     name: str,
     report: Callable[[str], None],
     after: Callable[[], None] | None = None,
+    matrices: Iterable[nn.Parameter] = (),
 ) -> None:
-    """Minimise `loss_of(step)` with AdamW; report every 100 steps.
+    """Minimise `loss_of(step)`; report every 100 steps.
 
     Args:
+        parameters: all that is trained.
         loss_of: gives the loss of a step and what to report beside it.
         after: called after every step (an EMA, say).
+        matrices: those of the parameters that Muon updates; the others are AdamW's.
     """
     import torch
 
     weights = list(parameters)
-    optimizer = torch.optim.AdamW(weights, lr=fit.lr, betas=fit.betas, weight_decay=fit.weight_decay)
+    steppers = optimizers(weights, matrices, fit)
     started = time.perf_counter()
     for step in range(fit.steps):
-        for group in optimizer.param_groups:
+        for group in (group for optimizer in steppers for group in optimizer.param_groups):
             group["lr"] = learning_rate(fit, step)
         loss, extra = loss_of(step)
-        optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, fit.clip)
-        optimizer.step()
+        for optimizer in steppers:
+            optimizer.step()
+            optimizer.zero_grad()
         if after is not None:
             after()
         if step % 100 == 0 or step == fit.steps - 1:

@@ -49,7 +49,7 @@ class TowerStage:
     width: int = 64
     layers: int = 3
     projection: int = 64
-    steps: int = 2000
+    steps: int = 3000
     batch: int = 48
     lr: float = 1e-3
     pool: int = 1024
@@ -150,16 +150,23 @@ def _sample(pools: list[ClipPool], stage: TowerStage, step: int) -> tuple[Tensor
     later = torch.from_numpy(rng.integers(0, clips.video.shape[2], stage.batch))
     frames = clips.video[torch.arange(stage.batch), :, later]
     noise = torch.from_numpy(rng.standard_normal(frames.shape).astype("float32"))
-    severity = torch.from_numpy((rng.uniform(size=stage.batch) * (rng.uniform(size=stage.batch) > 0.15)).astype("float32"))
+    severity = torch.from_numpy(
+        (rng.uniform(size=stage.batch) * (rng.uniform(size=stage.batch) > 0.15)).astype("float32")
+    )
     kinds = [str(k) for k in rng.choice(DEGRADATIONS, stage.batch)]
     damaged = degrade(frames, kinds, severity, noise)
-    return square(clips.video[:, :, 0], IMAGE_SIZE), square(damaged, IMAGE_SIZE), CLEAN_SCORE + (WORST_SCORE - CLEAN_SCORE) * severity, clips.prompts
+    return (
+        square(clips.video[:, :, 0], IMAGE_SIZE),
+        square(damaged, IMAGE_SIZE),
+        CLEAN_SCORE + (WORST_SCORE - CLEAN_SCORE) * severity,
+        clips.prompts,
+    )
 
 
 def train_towers(
     world: World, words: list[str], stage: TowerStage, out: Path, name: str, report: Callable[[str], None] = print
 ) -> None:
-    """Train both towers; save `out/text_encoder`, `out/tokenizer` (seed 0's run only asks for them) and `out/<name>`."""
+    """Train both towers; save `out/text_encoder`, `out/tokenizer` and `out/<name>`."""
     import torch
     from safetensors.torch import save_file
     from torch import nn

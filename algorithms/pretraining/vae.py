@@ -160,6 +160,4 @@ def _normalise(vae: AutoencoderKLWan, world: World) -> None:
     with torch.no_grad():
         video = world.batch("train", range(10**6, 10**6 + 96), world.buckets[0]).video
         z = vae.encode(video.contiguous(memory_format=torch.channels_last_3d)).latent_dist.mode()
-    vae.register_to_config(
-        latents_mean=z.mean(dim=(0, 2, 3, 4)).tolist(), latents_std=z.std(dim=(0, 2, 3, 4)).tolist()
-    )
+    vae.register_to_config(latents_mean=z.mean(dim=(0, 2, 3, 4)).tolist(), latents_std=z.std(dim=(0, 2, 3, 4)).tolist())

@@ -1,0 +1,1 @@
+"""How fast a run is, measured in one go: `python -m benchmarks` (`make bench`)."""

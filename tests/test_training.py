@@ -1,0 +1,143 @@
+"""The loop end to end at a very small size: runs, resumes bit for bit, refuses what disagrees, leaves its results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from safetensors.torch import load_file
+
+from algorithms.pretraining.flow import FlowStage, build_transformer
+from algorithms.pretraining.towers import TowerStage, build_text, build_tokenizer, build_vision
+from algorithms.pretraining.vae import VAEStage, build_vae
+from data.sprites import vocabulary
+from experiments.train import run
+from runtime.config import CONF, Plan, validate
+from runtime.session import Session
+
+CLIPS = Path(__file__).resolve().parents[2] / "shared" / "data" / "clips"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of freshly initialised networks, smaller than the shipped ones."""
+    folder = tmp_path_factory.mktemp("model")
+    stage = TowerStage(width=16, layers=2, projection=16)
+    tokenizer = build_tokenizer(vocabulary())
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        build_vae(VAEStage(base_dim=4, dim_mult=[1, 1, 1], z_dim=4)).save_pretrained(folder / "vae")
+        build_text(stage, len(tokenizer)).save_pretrained(folder / "text_encoder")
+        tokenizer.save_pretrained(folder / "tokenizer")
+        for name in ("aesthetic", "aesthetic_eval"):
+            build_vision(stage).save_pretrained(folder / name)
+            from safetensors.torch import save_file
+
+            save_file({"weight": torch.randn(1, 16), "bias": torch.zeros(1)}, folder / name / "head.safetensors")
+        flow = FlowStage(dim=24, heads=2, layers=1, ffn=32)
+        build_transformer(flow, 4, 16).save_pretrained(folder / "transformer")
+    return folder
+
+
+def plan(model: Path, run_dir: Path, *overrides: str) -> Plan:
+    """A plan of the default experiment at the smallest size."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose(
+            "grpo",
+            [
+                "+debug=smoke",
+                f"model.path={model}",
+                f"run_dir={run_dir}",
+                "world.sizes=[16x16]",
+                "evaluation.clips=3",
+                "optimizer.lr=1e-3",
+                *overrides,
+            ],
+        )
+    return validate(cfg)
+
+
+def history(run_dir: Path) -> list[dict[str, Any]]:
+    """Metrics without what a clock says."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith("seconds/")} for row in rows]
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(model: Path, tmp_path: Path) -> None:
+    options = ["algorithm.minibatches=2", "algorithm.epochs=2", "optimizer.ema=0.5"]
+    run(plan(model, tmp_path / "whole", *options, "updates=3"))
+    run(plan(model, tmp_path / "parts", *options, "updates=1"))
+    run(plan(model, tmp_path / "parts", *options, "updates=3", "resume=true"))
+    whole, parts = (tmp_path / name / "checkpoints" / "step_000003" for name in ("whole", "parts"))
+    for file in ("weights", "optimizer", "ema"):
+        ours, theirs = (load_file(folder / f"{file}.safetensors") for folder in (whole, parts))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    # The run that was told to end after one update evaluated there as well.
+    updates = [[r for r in history(tmp_path / name) if "reward" in r] for name in ("whole", "parts")]
+    assert len(updates[0]) == 3 and json.dumps(updates[0]) == json.dumps(updates[1])
+
+
+def test_a_run_leaves_its_results(model: Path, tmp_path: Path) -> None:
+    run(plan(model, tmp_path / "run"))
+    for name in ("config.yaml", "metrics.jsonl", "evaluation.json", "environment.json", "curves.png", "report.html"):
+        assert (tmp_path / "run" / name).stat().st_size > 0
+    assert sorted(p.name for p in (tmp_path / "run" / "videos").iterdir()) == [
+        "00.mp4",
+        "00.png",
+        "01.mp4",
+        "01.png",
+        "02.mp4",
+        "02.png",
+    ]
+    found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert [row["update"] for row in found["curve"]] == [0, 1]
+    assert found["truth"]["frechet"] == pytest.approx(0, abs=1e-6)
+
+
+def test_acting_and_rescoring_agree_and_the_run_stops_where_they_do_not(model: Path, tmp_path: Path) -> None:
+    made = plan(model, tmp_path / "run", "schedule=all", "rollout.window=1", "rollout.sink=1", "rollout.frames=4")
+    session = Session(made.settings, made.config)
+    rollout = session.rollout()
+    session.score(rollout, session.decode(rollout))
+    assert session.update(rollout)["log_prob_gap"] <= 1e-5
+    # The weights have moved, so the stored log-probs are no longer theirs.
+    with pytest.raises(RuntimeError, match="re-scored log-probs differ"):
+        session.update(rollout)
+
+
+def test_a_group_with_a_failed_reward_teaches_nothing(model: Path, tmp_path: Path) -> None:
+    made = plan(model, tmp_path / "run", "algorithm.kl_weight=0")
+    session = Session(made.settings, made.config)
+    rollout = session.rollout()
+    video = session.decode(rollout)
+    video[:] = float("nan")
+    metrics = session.score(rollout, video)
+    assert metrics["groups_dropped"] == 2 and not rollout["mask"].any()
+    before = [p.detach().clone() for p in session.parameters]
+    session.update(rollout)
+    assert all(torch.equal(a, b) for a, b in zip(before, session.parameters, strict=True))
+
+
+def test_evaluation_does_not_depend_on_the_run(model: Path, tmp_path: Path) -> None:
+    results = []
+    for seed in (0, 1):
+        made = plan(model, tmp_path / str(seed), f"seed={seed}")
+        session = Session(made.settings, made.config)
+        session.rollout()
+        results.append(session.evaluate()[0])
+    assert results[0] == results[1]
+
+
+@pytest.mark.skipif(not CLIPS.is_dir(), reason="the real clips are not here")
+def test_real_clips_run_to_the_end(model: Path, tmp_path: Path) -> None:
+    made = plan(
+        model, tmp_path / "run", "world=clips", f"world.folder={CLIPS}", "world.sizes=[16x16]", "evaluation.clips=2"
+    )
+    with pytest.warns(UserWarning, match="prompt cut to"):
+        run(made)
+    assert (tmp_path / "run" / "report.html").stat().st_size > 10_000
