@@ -6,8 +6,8 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict
-from functools import cached_property
+from dataclasses import asdict, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +50,19 @@ class Chain:
 
     def run(self) -> None:
         """Train what is missing, in order."""
-        words, world, report = vocabulary(), self.world, self.report
-        self._stage("vae", VAEStage(), ["vae"], lambda s, to: train_vae(world, s, to / "vae", report))
+        self._stage("vae", VAEStage(), ["vae"], self._vae)
         for seed, name in ((0, "aesthetic"), (1, "aesthetic_eval")):
             parts = ["aesthetic", "text_encoder", "tokenizer"] if seed == 0 else [name]
-            stage = TowerStage(seed=seed)
-            self._stage(name, stage, parts, lambda s, to, n=name: train_towers(world, words, s, to, n, report))
+            stage = replace(self.towers, seed=seed)
+            self._stage(name, stage, parts, partial(self._towers, name))
         self._stage("teacher", self.flow, ["teacher"], self._teach)
         self._stage("transformer", self.few_step, ["transformer"], self._adapt)
+
+    def _vae(self, stage: VAEStage, to: Path) -> None:
+        train_vae(self.world, stage, to / "vae", self.report)
+
+    def _towers(self, name: str, stage: TowerStage, to: Path) -> None:
+        train_towers(self.world, vocabulary(), stage, to, name, self.report)
 
     def _teach(self, stage: FlowStage, to: Path) -> None:
         pools = self._pools
