@@ -53,13 +53,13 @@ class FlowStage:
     heads: int = 4
     layers: int = 4
     ffn: int = 384
-    steps: int = 1800
-    batch: int = 24
-    lr: float = 1e-3
+    steps: int = 8000
+    batch: int = 12
+    lr: float = 5e-3
     shift: float = 3.0
     text_dropout: float = 0.1
     pool: int = 2048
-    ema: float = 0.995
+    ema: float = 0.998
 
 
 @dataclass(frozen=True)
