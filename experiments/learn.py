@@ -27,7 +27,7 @@ RESULTS = HERE.parent / "docs" / "results"
 # Steps of supervised training that take about as long as the default number of GRPO updates; the table gives seconds.
 SUPERVISED_STEPS = 500
 ARMS = ("student", "teacher", "grpo", "shuffled", "supervised")
-TEACHER_SIGMAS = [1 - i / 32 for i in range(33)]
+TEACHER_SIGMAS = [1 - i / 16 for i in range(17)]
 METRICS = {
     "motion_error_px": "motion error, px",
     "aesthetic": "aesthetic",
@@ -53,7 +53,7 @@ class Cell:
 
 def cells(seeds: int, updates: int, clips: int) -> list[Cell]:
     """All cells of the table."""
-    shared = (f"evaluation.clips={clips}", "evaluation.every=0")
+    shared = (f"evaluation.clips={clips}", "evaluation.every=0", "logger=local")
     rl = (*shared, f"updates={updates}", "saving.every=10", "resume=true")
     found = [Cell("student", 0, "evaluate.py", shared)]
     sigmas = ",".join(f"{s:g}" for s in TEACHER_SIGMAS)

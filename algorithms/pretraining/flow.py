@@ -78,10 +78,10 @@ class FewStepStage:
 
     seed: int = 0
     sigmas: list[float] = field(default_factory=lambda: [1.0, 0.755, 0.522, 0.0])
-    substeps: int = 3
-    steps: int = 250
-    batch: int = 24
-    lr: float = 2e-4
+    substeps: int = 2
+    steps: int = 300
+    batch: int = 12
+    lr: float = 5e-4
     ema: float = 0.99
 
 
