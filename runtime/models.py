@@ -21,6 +21,8 @@ class Pretrained:
         path: the folder; relative paths are tried from the working directory, then from this repository.
         control: how a dragged path is drawn before the VAE encodes it: `presence` keeps "no force" and "not
             asked" apart, `grayscale` is the paper's single plane.
+        transformer: which transformer in the folder: `transformer` (the few-step student) or `teacher` (many steps).
+        text_length: tokens a prompt is padded to.
     """
 
     path: str
@@ -31,6 +33,8 @@ class Pretrained:
     def __post_init__(self) -> None:
         if self.control not in ("presence", "grayscale"):
             raise ValueError(f"model.control must be presence or grayscale, got {self.control!r}")
+        if self.text_length < 1:
+            raise ValueError(f"model.text_length must be at least 1, got {self.text_length}")
 
     @property
     def folder(self) -> Path:

@@ -66,8 +66,8 @@ class TestEveryTracker:
         video[:, 10:14, :, :] = torch.tensor([0.3, -0.2, 0.1])[:, None, None, None]
         found = tracker.track(video[None], path[None, :1])
         assert not found.visible[0, 0, 10:14].any()
-        assert found.visible[0, 0, 18:].all()
-        assert (found.xy[0, 0, 18:] - path[18:]).norm(dim=-1).max() < 1.0
+        assert found.visible[0, 0, 20:].all()
+        assert (found.xy[0, 0, 20:] - path[20:]).norm(dim=-1).max() < 1.0
 
     def test_point_that_leaves_the_frame_is_invisible(self, tracker: Tracker) -> None:
         path = line((24.0, 16.0), (1.2, 0.0))
