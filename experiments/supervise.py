@@ -20,13 +20,11 @@ CLIPS = 768
 def run(plan: Plan) -> None:
     """Train, evaluate, and write `evaluation.json` and a checkpoint into `run_dir`."""
     from algorithms.pretraining.flow import FewStepStage, encode_pool, train_few_step
-    from policies.causal_dit import CausalWanTransformer3DModel
     from runtime.session import Session
 
     settings = plan.settings
     with setup_phase():
         session = Session(settings, plan.config)
-        teacher = CausalWanTransformer3DModel.from_pretrained(settings.model.folder / "teacher", local_files_only=True)
     before, _ = session.evaluate()
     networks = session.episodes.networks
     began = time.time()
@@ -35,7 +33,7 @@ def run(plan: Plan) -> None:
         for bucket in settings.world.buckets
     ]
     stage = FewStepStage(seed=settings.seed, sigmas=list(settings.rollout.sigmas), steps=settings.updates)
-    student = train_few_step(pools, stage, teacher, lambda line: print(line, flush=True), student=networks.transformer)
+    student = train_few_step(pools, stage, networks.transformer, lambda line: print(line, flush=True))
     networks.transformer.load_state_dict(student.state_dict())
     seconds = time.time() - began
     after, _ = session.evaluate()

@@ -10,12 +10,14 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
 from data import draws
+from envs.ar_video import step
 from envs.transitions import log_prob, ode_mean
 from policies.causality import Causality
 from policies.kv_cache import KVCache
 
 if TYPE_CHECKING:
-    from envs.transitions import Transition
+    from envs.ar_video import step
+from envs.transitions import Transition
 
 STATE_KEYS = ["condition", "text", "latents", "sigma", "stochastic", "frame", "step", "key"]
 
@@ -144,6 +146,13 @@ class Actor(TensorDictModuleBase):
         scores = _scores(self.transition, latents[:, :, :-1], v, sigma[:, :, :-1], sigma[:, :, 1:], latents[:, :, 1:])
         kept = {name: _where(rollout["stochastic"], score) for name, score in scores.items()}
         return TensorDict(kept, batch_size=rollout.batch_size)
+
+
+def generate(actor: Actor, state: TensorDictBase) -> Tensor:
+    """Act from an episode's start to its end; return the finished frames `[B, M, C, h, w]`."""
+    for _ in range(state["stochastic"].shape[1:].numel()):
+        state, _, _ = step(state, actor(state)["action"])
+    return state["latents"]
 
 
 def evaluate(

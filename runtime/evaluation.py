@@ -8,20 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from tensordict import TensorDictBase
 from torch import Tensor
 
 from data.clip import ClipBatch
-from envs.ar_video import step
 from metrics.features import ClipFeatures
 from metrics.frechet import frechet_distance
 from metrics.motion import counted, endpoint_error, per_clip
+from policies.actor import Actor, generate
 from rewards.aesthetic import Aesthetic
 from rewards.base import RewardContext
 from tracking.trackers import Tracker, Tracks
 
 if TYPE_CHECKING:
-    from policies.actor import Actor
     from runtime.episodes import Episodes
 
 # Part of every evaluation's identity: all runs, whatever their seed, are measured on the same noise.
@@ -54,13 +52,6 @@ class Sample:
     video: Tensor
     clips: ClipBatch
     tracks: Tracks
-
-
-def generate(actor: Actor, state: TensorDictBase) -> Tensor:
-    """Act from an episode's start to its end; return the finished frames `[B, M, C, h, w]`."""
-    for _ in range(state["stochastic"].shape[1:].numel()):
-        state, _, _ = step(state, actor(state)["action"])
-    return state["latents"]
 
 
 def sample(actor: Actor, episodes: Episodes, clips: list[ClipBatch], judge: Judge) -> list[Sample]:

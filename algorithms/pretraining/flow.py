@@ -1,7 +1,7 @@
 """The short route to the embedded student: causal flow matching, then adaptation to few steps.
 
-Both stages teach one frame given the *true* frames before it (teacher forcing): the student has never seen its own
-mistakes, which is the headroom that reinforcement learning is about. The paper's own route (bidirectional teacher,
+The first stage teaches a frame given the true frames before it (teacher forcing), the second given frames that the
+student generated itself, so that its mistakes do not add up. The paper's own route (bidirectional teacher,
 Self-Rollout) is another experiment.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +18,10 @@ from torch import Tensor
 from algorithms.pretraining.loop import Fit, optimise
 from data.draws import Stream, generator, seed_of
 from data.pool import ClipPool
+from envs.ar_video import start
 from envs.control import assemble_condition, heatmap
+from envs.transitions import ODE
+from policies.actor import Actor, generate
 from policies.causal_dit import CausalWanTransformer3DModel
 from policies.causality import Causality
 from policies.codecs import TextCodec, VideoCodec
@@ -44,6 +46,8 @@ class FlowStage:
         lr: peak learning rate.
         shift: noise levels are shift u / (1 + (shift - 1) u) for uniform u.
         text_dropout: share of clips trained without their prompt.
+        history_noise: largest noise level in the history of a clip, uniform from 0 and unknown to the model: at
+            acting the history is the model's own, with errors that true frames do not have.
         pool: training clips per bucket.
         ema: decay of the averaged weights.
     """
@@ -58,18 +62,20 @@ class FlowStage:
     lr: float = 5e-3
     shift: float = 3.0
     text_dropout: float = 0.1
+    history_noise: float = 0.4
     pool: int = 2048
     ema: float = 0.998
 
 
 @dataclass(frozen=True)
 class FewStepStage:
-    """Settings of the adaptation to few steps: regression on the flow model's ODE end points (as CausVid starts).
+    """Settings of the adaptation to few steps: flow matching at the student's own noise levels, on its own history.
 
     Attributes:
         seed: seed of the data order.
         sigmas: the student's noise levels.
-        substeps: Euler steps of the flow model between two of them.
+        own_history: share of clips whose history is what the student itself generates, from the first frame on; the
+            others have the true one.
         steps: optimizer steps.
         batch: clips per step.
         lr: peak learning rate.
@@ -78,11 +84,11 @@ class FewStepStage:
 
     seed: int = 0
     sigmas: list[float] = field(default_factory=lambda: [1.0, 0.755, 0.522, 0.0])
-    substeps: int = 2
-    steps: int = 300
+    own_history: float = 0.75
+    steps: int = 1500
     batch: int = 12
-    lr: float = 5e-4
-    ema: float = 0.99
+    lr: float = 2e-3
+    ema: float = 0.995
 
 
 @dataclass(frozen=True)
@@ -109,8 +115,8 @@ def encode_pool(
     """Render and encode training clips `first .. first + count - 1` of one bucket."""
     latents, control, embeds = [], [], []
     size = world.size("train")
-    for start in range(first, first + count, 64):
-        indices = [i if size is None else i % size for i in range(start, min(start + 64, first + count))]
+    for low in range(first, first + count, 64):
+        indices = [i if size is None else i % size for i in range(low, min(low + 64, first + count))]
         clips = ClipPool(world, bucket, indices).batch(range(len(indices)))
         latents.append(video.encode(clips.video))
         control.append(video.encode(heatmap(clips.trajectory, video.stride)))
@@ -173,64 +179,56 @@ def train_flow(
         u = torch.rand(x0.shape[:2], generator=noise)
         sigma = stage.shift * u / (1 + (stage.shift - 1) * u)
         eps = torch.randn(x0.shape, generator=noise)
-        velocity = predict(model, x0, noised(x0, eps, sigma), sigma, condition, text)
+        blur = stage.history_noise * torch.rand(len(x0), 1, generator=noise)
+        history = noised(x0, torch.randn(x0.shape, generator=noise), blur)
+        velocity = predict(model, history, noised(x0, eps, sigma), sigma, condition, text)
         return flow_matching_loss(velocity, x0, eps), {}
 
     optimise(model.parameters(), Fit(stage.steps, stage.lr), loss_of, "flow", report, ema.update, matrices(model))
     return _averaged(model, ema)
 
 
-@torch.no_grad()
-def ode_trajectory(
-    model: CausalWanTransformer3DModel,
-    x0: Tensor,
-    eps: Tensor,
-    condition: Tensor,
-    text: Tensor,
-    sigmas: list[float],
-    substeps: int,
-) -> tuple[Tensor, Tensor]:
-    """Integrate from noise with true history; return the states at `sigmas[:-1]`, `[S, B, M, ...]`, and the end."""
-    states, x = [], eps
-    for high, low in pairwise(sigmas):
-        states.append(x)
-        levels = torch.linspace(high, low, substeps + 1).tolist()
-        for sigma, after in pairwise(levels):
-            level = x0.new_full(x0.shape[:2], sigma)
-            x = x + (after - sigma) * predict(model, x0, x, level, condition, text)
-    return torch.stack(states), x
+def own_frames(
+    model: CausalWanTransformer3DModel, condition: Tensor, text: Tensor, sigmas: list[float], channels: int, seed: int
+) -> Tensor:
+    """Frames `[B, M, C, h, w]` that the model generates by itself, each from those before it."""
+    batch = len(condition)
+    key = torch.tensor([[seed, 0, row, 0] for row in range(batch)])
+    shape = (channels, *condition.shape[3:])
+    begin = start(condition, text, torch.tensor(sigmas), torch.zeros(1, dtype=torch.bool), key, shape)
+    return generate(Actor(model, ODE(), Causality()), begin)
 
 
 def train_few_step(
     pools: list[LatentPool],
     stage: FewStepStage,
-    teacher: CausalWanTransformer3DModel,
+    model: CausalWanTransformer3DModel,
     report: Callable[[str], None] = print,
-    student: CausalWanTransformer3DModel | None = None,
 ) -> CausalWanTransformer3DModel:
-    """Regress the student's clean prediction at each of its noise levels on the end of the teacher's ODE.
+    """Adapt a flow model, which is left as it is, to `stage.sigmas` and to its own history.
 
-    The student starts from `student`, which is left as it is, or from the teacher's weights.
+    A frame's target is the true one, whatever the history looks like: the student learns to take a clip that has
+    drifted back to the reference in its cache.
     """
-    student = copy.deepcopy(teacher if student is None else student).requires_grad_(True)
+    student = copy.deepcopy(model).requires_grad_(True)
     ema = EMA(student, stage.ema)
     table = torch.tensor(stage.sigmas[:-1])
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         x0, condition, text = pools[step % len(pools)].sample((stage.seed, 4, step), stage.batch)
-        noise = torch.Generator().manual_seed(seed_of(Stream.TRAINING, stage.seed, 5, step))
+        seed = seed_of(Stream.TRAINING, stage.seed, 5, step)
+        noise = torch.Generator().manual_seed(seed)
+        own = own_frames(student, condition, text, stage.sigmas, x0.shape[2], seed)
+        drift = (own - x0).square().mean().item()
+        true = torch.rand(len(x0), generator=noise) >= stage.own_history
+        history = torch.where(true[:, None, None, None, None], x0, own)
+        sigma = table[torch.randint(len(table), x0.shape[:2], generator=noise)]
         eps = torch.randn(x0.shape, generator=noise)
-        states, end = ode_trajectory(teacher, x0, eps, condition, text, stage.sigmas, stage.substeps)
-        choice = torch.randint(len(table), x0.shape[:2], generator=noise)
-        x = torch.gather(states, 0, choice[None, ..., None, None, None].expand(1, *x0.shape))[0]
-        sigma = table[choice]
-        level = sigma[..., None, None, None]
-        clean = x - level * predict(student, x0, x, sigma, condition, text)
-        return (clean - end).square().mean(), {"to_data": (clean.detach() - x0).square().mean().item()}
+        velocity = predict(student, history, noised(x0, eps, sigma), sigma, condition, text)
+        return flow_matching_loss(velocity, x0, eps), {"drift": drift}
 
-    optimise(
-        student.parameters(), Fit(stage.steps, stage.lr), loss_of, "few-step", report, ema.update, matrices(student)
-    )
+    fit = Fit(stage.steps, stage.lr)
+    optimise(student.parameters(), fit, loss_of, "few-step", report, ema.update, matrices(student))
     return _averaged(student, ema)
 
 
