@@ -51,8 +51,8 @@ class Sprites:
         frames: pixel frames per clip, 1 + 4 (latent frames - 1).
         fps: frames per second of the time axis.
         sizes: frame sizes "HxW" that clips may have, multiples of 8.
-        max_sprites: named sprites per clip are 1 to this many (the hard split adds one).
-        max_distractors: unnamed smaller sprites per clip are 0 to this many.
+        max_sprites: named sprites per clip are 1 to this many (the hard split adds one), fewer more often.
+        max_distractors: unnamed smaller sprites per clip are 0 to this many, fewer more often.
         speed: mean speed of a sprite in pixels per frame (the hard split moves 1.5 times as fast).
         pan: largest camera speed in pixels per frame.
     """
@@ -165,8 +165,8 @@ def _split_id(split: str) -> int:
 
 
 def _draw_scene(world: Sprites, rng: np.random.Generator, height: int, width: int, hard: bool) -> _Scene:
-    count = int(rng.integers(1, world.max_sprites + 1)) + int(hard)
-    distractors = int(rng.integers(0, world.max_distractors + 1))
+    count = _few(rng, 1, world.max_sprites) + int(hard)
+    distractors = _few(rng, 0, world.max_distractors)
     camera = _pan(rng, world.frames, world.pan)
     speed = world.speed * (1.5 if hard else 1.0)
     textures = TEXTURES + HARD_TEXTURES if hard else TEXTURES
@@ -207,6 +207,12 @@ def _draw_scene(world: Sprites, rng: np.random.Generator, height: int, width: in
         touched=order.index(touched),
         offset=offset,
     )
+
+
+def _few(rng: np.random.Generator, low: int, high: int) -> int:
+    """A number from low to high; each is a third as frequent as the one before it, for a small frame soon is full."""
+    weights = 3.0 ** -np.arange(high - low + 1)
+    return low + int(rng.choice(len(weights), p=weights / weights.sum()))
 
 
 def _reach(shape: str, u: float) -> float:

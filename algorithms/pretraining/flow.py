@@ -46,8 +46,6 @@ class FlowStage:
         lr: peak learning rate.
         shift: noise levels are shift u / (1 + (shift - 1) u) for uniform u.
         text_dropout: share of clips trained without their prompt.
-        history_noise: largest noise level in the history of a clip, uniform from 0 and unknown to the model: at
-            acting the history is the model's own, with errors that true frames do not have.
         pool: training clips per bucket.
         ema: decay of the averaged weights.
     """
@@ -62,7 +60,6 @@ class FlowStage:
     lr: float = 5e-3
     shift: float = 3.0
     text_dropout: float = 0.1
-    history_noise: float = 0.4
     pool: int = 2048
     ema: float = 0.998
 
@@ -85,7 +82,7 @@ class FewStepStage:
     seed: int = 0
     sigmas: list[float] = field(default_factory=lambda: [1.0, 0.755, 0.522, 0.0])
     own_history: float = 0.75
-    steps: int = 1500
+    steps: int = 1200
     batch: int = 12
     lr: float = 2e-3
     ema: float = 0.995
@@ -179,9 +176,7 @@ def train_flow(
         u = torch.rand(x0.shape[:2], generator=noise)
         sigma = stage.shift * u / (1 + (stage.shift - 1) * u)
         eps = torch.randn(x0.shape, generator=noise)
-        blur = stage.history_noise * torch.rand(len(x0), 1, generator=noise)
-        history = noised(x0, torch.randn(x0.shape, generator=noise), blur)
-        velocity = predict(model, history, noised(x0, eps, sigma), sigma, condition, text)
+        velocity = predict(model, x0, noised(x0, eps, sigma), sigma, condition, text)
         return flow_matching_loss(velocity, x0, eps), {}
 
     optimise(model.parameters(), Fit(stage.steps, stage.lr), loss_of, "flow", report, ema.update, matrices(model))
