@@ -31,12 +31,13 @@ from policies.causal_dit import CausalWanTransformer3DModel
 from policies.codecs import TextCodec, VideoCodec
 
 RECIPE = "recipe.json"
+STATE = "state.pt"
 
 
 class Chain:
     """Runs every stage whose result is not yet in `out`; a result appears there when it is complete.
 
-    Interrupt it at will: the next run goes on with the stage that was interrupted.
+    Interrupt it at will: the next run goes on from at most 500 steps before.
 
     Args:
         world: training clips.
@@ -59,20 +60,20 @@ class Chain:
         self._stage("transformer", self.few_step, ["transformer"], self._adapt)
 
     def _vae(self, stage: VAEStage, to: Path) -> None:
-        train_vae(self.world, stage, to / "vae", self.report)
+        train_vae(self.world, stage, to / "vae", self.report, to / STATE)
 
     def _towers(self, name: str, stage: TowerStage, to: Path) -> None:
-        train_towers(self.world, vocabulary(), stage, to, name, self.report)
+        train_towers(self.world, vocabulary(), stage, to, name, self.report, to / STATE)
 
     def _teach(self, stage: FlowStage, to: Path) -> None:
         pools = self._pools
         text_dim = pools[0].text.shape[-1]
         model = build_transformer(stage, pools[0].latents.shape[2], text_dim)
-        train_flow(pools, stage, model, self.report).save_pretrained(to / "teacher")
+        train_flow(pools, stage, model, self.report, to / STATE).save_pretrained(to / "teacher")
 
     def _adapt(self, stage: FewStepStage, to: Path) -> None:
         teacher = CausalWanTransformer3DModel.from_pretrained(self.out / "teacher", local_files_only=True)
-        train_few_step(self._pools, stage, teacher, self.report).save_pretrained(to / "transformer")
+        train_few_step(self._pools, stage, teacher, self.report, to / STATE).save_pretrained(to / "transformer")
 
     @cached_property
     def _pools(self) -> list[LatentPool]:
@@ -91,6 +92,12 @@ class Chain:
             self.report(f"{name}: found in {self.out}")
             return
         began, scratch = time.time(), self.out / f".{name}"
+        settings, text = scratch / "settings.json", json.dumps(asdict(stage))
+        if not settings.is_file() or settings.read_text() != text:
+            # What an interrupted run left is of use only to a run with the same settings.
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir(parents=True)
+            settings.write_text(text)
         train(stage, scratch)
         for part in parts:
             shutil.rmtree(self.out / part, ignore_errors=True)

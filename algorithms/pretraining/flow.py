@@ -28,6 +28,8 @@ from policies.codecs import TextCodec, VideoCodec
 from policies.ema import EMA
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from data.clip import World
 
 
@@ -164,7 +166,11 @@ def predict(
 
 
 def train_flow(
-    pools: list[LatentPool], stage: FlowStage, model: CausalWanTransformer3DModel, report: Callable[[str], None] = print
+    pools: list[LatentPool],
+    stage: FlowStage,
+    model: CausalWanTransformer3DModel,
+    report: Callable[[str], None] = print,
+    state: Path | None = None,
 ) -> CausalWanTransformer3DModel:
     """Causal flow matching with an independent noise level for every frame; returns the averaged weights."""
     ema = EMA(model, stage.ema)
@@ -179,7 +185,7 @@ def train_flow(
         velocity = predict(model, x0, noised(x0, eps, sigma), sigma, condition, text)
         return flow_matching_loss(velocity, x0, eps), {}
 
-    optimise(model.parameters(), Fit(stage.steps, stage.lr), loss_of, "flow", report, ema.update, matrices(model))
+    optimise(model.parameters(), Fit(stage.steps, stage.lr), loss_of, "flow", report, ema, matrices(model), state)
     return _averaged(model, ema)
 
 
@@ -199,6 +205,7 @@ def train_few_step(
     stage: FewStepStage,
     model: CausalWanTransformer3DModel,
     report: Callable[[str], None] = print,
+    state: Path | None = None,
 ) -> CausalWanTransformer3DModel:
     """Adapt a flow model, which is left as it is, to `stage.sigmas` and to its own history.
 
@@ -223,7 +230,7 @@ def train_few_step(
         return flow_matching_loss(velocity, x0, eps), {"drift": drift}
 
     fit = Fit(stage.steps, stage.lr)
-    optimise(student.parameters(), fit, loss_of, "few-step", report, ema.update, matrices(student))
+    optimise(student.parameters(), fit, loss_of, "few-step", report, ema, matrices(student), state)
     return _averaged(student, ema)
 
 

@@ -9,8 +9,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor, nn
     from torch.optim import Optimizer
+
+    from policies.ema import EMA
 
 
 @dataclass(frozen=True)
@@ -59,23 +63,26 @@ def optimise(
     loss_of: Callable[[int], tuple[Tensor, dict[str, float]]],
     name: str,
     report: Callable[[str], None],
-    after: Callable[[], None] | None = None,
+    ema: EMA | None = None,
     matrices: Iterable[nn.Parameter] = (),
+    state: Path | None = None,
 ) -> None:
     """Minimise `loss_of(step)`; report every 100 steps.
 
     Args:
         parameters: all that is trained.
-        loss_of: gives the loss of a step and what to report beside it.
-        after: called after every step (an EMA, say).
+        loss_of: gives the loss of a step and what to report beside it; a function of the step and the weights alone.
+        ema: updated after every step.
         matrices: those of the parameters that Muon updates; the others are AdamW's.
+        state: file that is written every 500 steps; where it exists, training goes on from it.
     """
     import torch
 
     weights = list(parameters)
     steppers = optimizers(weights, matrices, fit)
+    begin = _restore(state, weights, steppers, ema)
     started = time.perf_counter()
-    for step in range(fit.steps):
+    for step in range(begin, fit.steps):
         for group in (group for optimizer in steppers for group in optimizer.param_groups):
             group["lr"] = learning_rate(fit, step)
         loss, extra = loss_of(step)
@@ -84,8 +91,41 @@ def optimise(
         for optimizer in steppers:
             optimizer.step()
             optimizer.zero_grad()
-        if after is not None:
-            after()
+        if ema is not None:
+            ema.update()
         if step % 100 == 0 or step == fit.steps - 1:
             values = " ".join(f"{k} {v:.4f}" for k, v in {"loss": loss.item(), **extra}.items())
             report(f"{name} {step}/{fit.steps} {values} {time.perf_counter() - started:.0f}s")
+        if state is not None and (step + 1) % 500 == 0:
+            _keep(state, step + 1, weights, steppers, ema)
+
+
+def _keep(state: Path, step: int, weights: list[nn.Parameter], steppers: list[Optimizer], ema: EMA | None) -> None:
+    import torch
+
+    content = {
+        "step": step,
+        "weights": [p.detach() for p in weights],
+        "optimizers": [optimizer.state_dict() for optimizer in steppers],
+        "ema": ema.state_dict() if ema is not None else None,
+    }
+    state.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(content, state.with_suffix(".new"))
+    state.with_suffix(".new").replace(state)
+
+
+def _restore(state: Path | None, weights: list[nn.Parameter], steppers: list[Optimizer], ema: EMA | None) -> int:
+    """Put back what `_keep` wrote; return the step to go on with."""
+    import torch
+
+    if state is None or not state.is_file():
+        return 0
+    content = torch.load(state, weights_only=True)
+    with torch.no_grad():
+        for weight, kept in zip(weights, content["weights"], strict=True):
+            weight.copy_(kept)
+    for optimizer, kept in zip(steppers, content["optimizers"], strict=True):
+        optimizer.load_state_dict(kept)
+    if ema is not None:
+        ema.load_state_dict(content["ema"])
+    return int(content["step"])

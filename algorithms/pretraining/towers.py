@@ -164,7 +164,13 @@ def _sample(pools: list[ClipPool], stage: TowerStage, step: int) -> tuple[Tensor
 
 
 def train_towers(
-    world: World, words: list[str], stage: TowerStage, out: Path, name: str, report: Callable[[str], None] = print
+    world: World,
+    words: list[str],
+    stage: TowerStage,
+    out: Path,
+    name: str,
+    report: Callable[[str], None] = print,
+    state: Path | None = None,
 ) -> None:
     """Train both towers; save `out/text_encoder`, `out/tokenizer` and `out/<name>`."""
     import torch
@@ -197,7 +203,7 @@ def train_towers(
         return contrast + error, {"clip": contrast.item(), "score_mse": error.item()}
 
     fit = Fit(stage.steps, stage.lr, weight_decay=1e-2)
-    optimise([*modules.parameters(), temperature], fit, loss_of, name, report)
+    optimise([*modules.parameters(), temperature], fit, loss_of, name, report, state=state)
     vision.save_pretrained(out / name)
     # The towers see pixels in [-1, 1].
     pixels = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}

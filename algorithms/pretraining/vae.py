@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from algorithms.pretraining.loop import Fit, optimise
-from data.draws import Stream, generator
+from data.draws import Stream, generator, seed_of
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
@@ -127,7 +127,9 @@ def training_clips(pools: list[ClipPool], stage: VAEStage, step: int, count: int
     return torch.stack(windows).contiguous(memory_format=torch.channels_last_3d)
 
 
-def train_vae(world: World, stage: VAEStage, out: Path, report: Callable[[str], None] = print) -> None:
+def train_vae(
+    world: World, stage: VAEStage, out: Path, report: Callable[[str], None] = print, state: Path | None = None
+) -> None:
     """Train, measure the latents' mean and spread, and save a diffusers folder at `out`."""
     import torch
 
@@ -135,20 +137,20 @@ def train_vae(world: World, stage: VAEStage, out: Path, report: Callable[[str], 
 
     pools = [ClipPool(world, bucket, range(stage.pool)) for bucket in world.buckets]
     vae = build_vae(stage)
-    noise = torch.Generator().manual_seed(stage.seed)
     whole = pools[0].batch([0]).video.shape[2]
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         long = step >= stage.long_from * stage.steps
         count, frames = (stage.batch // 4, whole) if long else (stage.batch, 5)
         video = training_clips(pools, stage, step, count, frames)
+        noise = torch.Generator().manual_seed(seed_of(Stream.TRAINING, stage.seed, 6, step))
         posterior = vae.encode(video).latent_dist
         z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=noise)
         output = decode_unclamped(vae, z.contiguous(memory_format=torch.channels_last_3d))
         loss = vae_loss(video, output, posterior.mean, posterior.logvar, stage.kl_weight)
         return loss, {"psnr": -10 * math.log10((output.detach() - video).square().mean().item() / 4)}
 
-    optimise(vae.parameters(), Fit(stage.steps, stage.lr), loss_of, "vae", report)
+    optimise(vae.parameters(), Fit(stage.steps, stage.lr), loss_of, "vae", report, state=state)
     _normalise(vae, world)
     vae.save_pretrained(out)
 
