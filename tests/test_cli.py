@@ -125,7 +125,7 @@ def test_help_explains_choices_and_fields(command: Run) -> None:
         "iterations between two moves",
         "reward=motion ",
         "rollout.group_size=8",
-        "optimizer.lr=1e-05",
+        "optimizer.lr=0.0001",
         "-m",
     ):
         assert text in out
