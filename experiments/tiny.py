@@ -1,6 +1,6 @@
 """Train the embedded models of `assets/tiny` from nothing: `python experiments/tiny.py` (`make tiny`).
 
-About an hour and a half on two cores; a stage whose result is in the folder is not trained again, so an interrupted run
+About two hours on two cores; a stage whose result is in the folder is not trained again, so an interrupted run
 goes on with the stage it was in. Settings of the stages are the defaults of their classes in `algorithms/pretraining/`.
 """
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -41,7 +40,7 @@ def test_make_tiny_would_train_with_the_settings_in_the_recipe(name: str) -> Non
 
 @torch.no_grad()
 def test_the_student_draws_the_clip_it_is_asked_for() -> None:
-    networks = Pretrained(str(Path("assets") / "tiny")).load("cpu")
+    networks = Pretrained(str(TINY)).load("cpu")
     clips = Sprites().batch("heldout", range(8), (32, 32))
     latents = networks.video.encode(clips.video)
     keys = [(0, 0, p) for p in range(8)]

@@ -155,7 +155,7 @@ def noised(x0: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
 def predict(
     model: CausalWanTransformer3DModel, clean: Tensor, noisy: Tensor, sigma: Tensor, condition: Tensor, text: Tensor
 ) -> Tensor:
-    """Velocity of noisy frames given true history: the parallel pass with the condition on the channels."""
+    """Velocity of noisy frames given a finished history: the parallel pass with the condition on the channels."""
     return model.parallel(
         torch.cat([clean, condition], 2),
         torch.cat([noisy, condition], 2),

@@ -37,8 +37,8 @@ class Fit:
 
 
 def optimizers(weights: list[nn.Parameter], matrices: Iterable[nn.Parameter], fit: Fit) -> list[Optimizer]:
-    """AdamW, and Muon for `matrices`: a tiny transformer learns about twice as much per step when the updates of its
-    hidden layers are orthogonal. Muon's steps are scaled to the size of AdamW's, so both share the learning rate.
+    """AdamW, and Muon for `matrices`: a tiny transformer learns more per step when the updates of its hidden layers are
+    orthogonal (docs/notebook.md). Muon's steps are scaled to the size of AdamW's, so both share the learning rate.
     """
     import torch
 
@@ -109,7 +109,6 @@ def _keep(state: Path, step: int, weights: list[nn.Parameter], steppers: list[Op
         "optimizers": [optimizer.state_dict() for optimizer in steppers],
         "ema": ema.state_dict() if ema is not None else None,
     }
-    state.parent.mkdir(parents=True, exist_ok=True)
     torch.save(content, state.with_suffix(".new"))
     state.with_suffix(".new").replace(state)
 
