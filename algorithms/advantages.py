@@ -42,6 +42,33 @@ def group_advantage(reward: Tensor, group_size: int, std: str = "unbiased", eps:
     return (centred / (spread + eps)).flatten(0, 1)
 
 
+def without_history(reward: Tensor, valid: Tensor, group_size: int) -> Tensor:
+    """Take out of each frame's reward what the frame before it already decided: `R[b, m] - beta R[b, m - 1]`.
+
+    A reward that adds up mistakes, such as that of a drag, is mostly a matter of the history, and the action of frame m
+    has no part in that. The previous frame's reward is known before the action, so this is a baseline: the
+    expected gradient stays, its variance falls by the share that beta explains. One beta for the whole batch, by least
+    squares on deviations from the group's mean; 0 where the previous frame's rewards have no spread.
+
+    Args:
+        reward: `[B, M]`; samples of a group stand together.
+        valid: `[B, M]` bool, whole groups; the others have no part in beta.
+        group_size: G, dividing B.
+
+    Returns:
+        `[B, M]`; frame 0 is as it was.
+    """
+    import torch
+
+    grouped = reward.float().unflatten(0, (-1, group_size))
+    centred = (grouped - grouped.mean(dim=1, keepdim=True)).flatten(0, 1)
+    both = valid[:, 1:] & valid[:, :-1]
+    now, before = centred[:, 1:].where(both, 0), centred[:, :-1].where(both, 0)
+    energy = before.square().sum()
+    beta = torch.where(energy > 0, (now * before).sum() / energy, 0.0)
+    return torch.cat([reward[:, :1], reward[:, 1:] - beta * reward[:, :-1]], dim=1)
+
+
 def shuffle_in_groups(advantage: Tensor, group_size: int, seed: int) -> Tensor:
     """Permute whole rows of `advantage [B, M]` inside each group: the control in which nothing can be learned."""
     import torch

@@ -26,6 +26,7 @@ class GRPO:
         epochs: passes over a rollout.
         minibatches: optimizer steps per pass; divides the samples of an update.
         advantage_std: `unbiased` (n - 1) or `biased` (n) standard deviation of a group.
+        history_baseline: take out of a frame's reward what the reward of the frame before it predicts.
         advantage_eps: added to that standard deviation, in units of reward.
         step_rescaling: weight the loss of a step by mean(k) / k, k its gradient scale.
         log_ratio_clamp: log-ratios are limited to +- this before exp.
@@ -39,6 +40,7 @@ class GRPO:
     kl_weight: float = 0.01
     epochs: int = 1
     minibatches: int = 1
+    history_baseline: bool = True
     advantage_std: str = "unbiased"
     advantage_eps: float = 0.05
     step_rescaling: bool = True
@@ -64,10 +66,13 @@ class GRPO:
         Returns:
             Numbers to log: spread inside the groups kept (nan where none is), groups dropped.
         """
-        from algorithms.advantages import group_advantage, group_valid, shuffle_in_groups
+        from algorithms.advantages import group_advantage, group_valid, shuffle_in_groups, without_history
 
         valid = group_valid(rollout["valid"], group_size)
-        advantage = group_advantage(rollout["reward"], group_size, self.advantage_std, self.advantage_eps)
+        reward = rollout["reward"]
+        if self.history_baseline:
+            reward = without_history(reward, valid, group_size)
+        advantage = group_advantage(reward, group_size, self.advantage_std, self.advantage_eps)
         if self.shuffle_advantages:
             seed, iteration = rollout["key"][0, :2].tolist()
             advantage = shuffle_in_groups(advantage, group_size, seed_of(Stream.TRAINING, seed, iteration, 1))

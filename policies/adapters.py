@@ -16,19 +16,19 @@ if TYPE_CHECKING:
 
     from policies.actor import Actor
 
-KINDS = ("full", "lora")
+KINDS = ("full", "layers", "lora")
 ADAPTER = "policy"
 
 
 @dataclass(frozen=True)
 class Adaptation:
-    """Which weights train: all of them, or low-rank adapters (LoRA, through peft) beside frozen ones.
+    """Which weights train: all of them, those of some layers, or low-rank adapters (LoRA, through peft) beside some.
 
     Attributes:
-        kind: `full` or `lora`.
+        kind: `full`, `layers` or `lora`.
         rank: rank of the adapters.
         alpha: the adapters' output is scaled by alpha / rank.
-        targets: names (or their ends) of the linear layers that get an adapter.
+        targets: names (or their ends) of the linear layers that train (`layers`) or get an adapter (`lora`).
     """
 
     kind: str = "full"
@@ -57,18 +57,28 @@ class Adaptation:
         if self.kind == "full":
             transformer.requires_grad_(True)
             return
-        import torch
-        from peft import LoraConfig
-
-        missing = [t for t in self.targets if not any(n.endswith(t) for n, _ in transformer.named_modules())]
+        missing = [t for t in self.targets if not any(_ends(n, t) for n, _ in transformer.named_modules())]
         if missing:
             raise ValueError(f"adaptation.targets names no layer of the model: {', '.join(missing)}")
         transformer.requires_grad_(False)
+        if self.kind == "layers":
+            for name, layer in transformer.named_modules():
+                if any(_ends(name, t) for t in self.targets):
+                    layer.requires_grad_(True)
+            return
+        import torch
+        from peft import LoraConfig
+
         # peft draws its initial weights from the global generator.
         with torch.random.fork_rng():
             torch.manual_seed(seed_of(Stream.TRAINING, seed))
             config = LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=self.targets)
             transformer.add_adapter(config, adapter_name=ADAPTER)
+
+
+def _ends(name: str, target: str) -> bool:
+    """Whether a layer is meant by a target, by the rule of peft."""
+    return name == target or name.endswith("." + target)
 
 
 class ReferencePolicy:

@@ -251,8 +251,9 @@ def test_refusals() -> None:
     for name, value in wrong.items():
         with pytest.raises(ValueError, match=rf"adaptation\.{name}"):
             replace(Adaptation(), **{name: value})
-    with pytest.raises(ValueError, match="no layer of the model: to_x"):
-        Adaptation("lora", targets=["to_q", "to_x"]).apply(network())
+    for kind in ("layers", "lora"):
+        with pytest.raises(ValueError, match="no layer of the model: to_x"):
+            Adaptation(kind, targets=["to_q", "to_x"]).apply(network())
 
 
 def perturb(module: torch.nn.Module) -> None:
@@ -262,7 +263,7 @@ def perturb(module: torch.nn.Module) -> None:
                 parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(11)) * 0.1)
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("kind", ["full", "layers", "lora"])
 def test_reference_stays_the_initial_policy(kind: str) -> None:
     actor, adaptation = Actor(network(), CPS(), SHORT), Adaptation(kind, rank=4)
     rollout = act(actor, episode())
@@ -285,6 +286,13 @@ def test_reference_stays_the_initial_policy(kind: str) -> None:
     assert interleaved.keys() == trainable
     plain = gradients(actor, actor.evaluate(rollout)["mean"].square().sum())
     assert all(torch.equal(plain[name], interleaved[name]) for name in plain)
+
+
+def test_layers_trains_the_named_layers_and_nothing_else() -> None:
+    model = network()
+    Adaptation("layers", targets=["to_q", "attn1.to_v"]).apply(model)
+    layers = {n.rpartition(".")[0] for n, p in model.named_parameters() if p.requires_grad}
+    assert layers == {f"blocks.{i}.{end}" for i in range(2) for end in ("attn1.to_q", "attn2.to_q", "attn1.to_v")}
 
 
 def test_lora_acts_as_the_merged_weights() -> None:

@@ -12,7 +12,7 @@ from tensordict.nn import ProbabilisticTensorDictModule, ProbabilisticTensorDict
 from torch import Tensor, nn
 from torchrl.objectives import ClipPPOLoss
 
-from algorithms.advantages import group_advantage, group_valid, shuffle_in_groups
+from algorithms.advantages import group_advantage, group_valid, shuffle_in_groups, without_history
 from algorithms.losses import clipped_surrogate, masked_mean, step_weights
 from envs.transitions import CPS, FlowSDE, gradient_scale, log_prob
 
@@ -44,6 +44,33 @@ def test_a_group_without_spread_has_no_advantage(size: int) -> None:
     """Exactly: the mean of equal numbers is rounded, and a small eps would blow the rounding up."""
     reward = torch.rand(50, 3, generator=torch.Generator().manual_seed(1)).repeat_interleave(size, 0)
     assert torch.equal(group_advantage(reward, size, eps=1e-8), torch.zeros_like(reward))
+
+
+def test_history_is_taken_out_by_hand() -> None:
+    reward = torch.tensor([[0.0, 1.0], [2.0, 5.0], [10.0, 3.0], [14.0, 5.0]])
+    # Deviations before: -1, 1 | -2, 2; now: -2, 2 | -1, 1. beta = (2 + 2 + 2 + 2) / (1 + 1 + 4 + 4).
+    whole = torch.ones(4, 2, dtype=torch.bool)
+    torch.testing.assert_close(without_history(reward, whole, 2)[:, 1], reward[:, 1] - 0.8 * reward[:, 0])
+    assert torch.equal(without_history(reward, whole, 2)[:, 0], reward[:, 0])
+    # The second group does not count: beta is that of the first, 4 / 2.
+    some = whole & (torch.arange(4) < 2)[:, None]
+    torch.testing.assert_close(without_history(reward, some, 2)[:, 1], reward[:, 1] - 2 * reward[:, 0])
+    flat = torch.ones(4, 3)
+    assert torch.equal(without_history(flat, torch.ones(4, 3, dtype=torch.bool), 2), flat)
+
+
+def test_history_baseline_keeps_the_policy_gradient_and_lowers_its_noise() -> None:
+    """Actions add up: R[m] = sum of a[k] for k <= m. The score-function gradient of frame m's own action is 1."""
+    actions = torch.randn(4096, 8, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    reward = actions.cumsum(-1).flatten(0, 1)
+    valid = torch.ones_like(reward, dtype=torch.bool)
+    plain, residual = reward, without_history(reward, valid, 8).double()
+    score = actions.flatten(0, 1)  # d log N(a; mu, 1) / d mu
+    estimates = [(score * r)[:, -1].unflatten(0, (-1, 8)).mean(1) for r in (plain, residual)]
+    for estimate in estimates:
+        assert abs(estimate.mean() - 1) < 4 * estimate.std() / 64
+    # Variance of score * R[5] is 7 with the history in it and 2 without.
+    assert estimates[1].var() < 0.4 * estimates[0].var()
 
 
 def test_group_valid_drops_whole_groups() -> None:

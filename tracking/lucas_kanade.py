@@ -29,11 +29,11 @@ class LucasKanade:
         similarity: smallest correlation in [-1, 1] of the patch found with the patch in frame 0.
     """
 
-    window: int = 31
+    window: int = 47
     levels: int = 2
     short_edge: int = 128
-    tolerance: float = 0.5
-    similarity: float = 0.5
+    tolerance: float = 1.0
+    similarity: float = 0.2
 
     def __post_init__(self) -> None:
         if self.window < 3 or self.window % 2 == 0:

@@ -34,13 +34,13 @@ class NCC:
         threshold: confidence from which a point counts as visible, in (0, 1).
     """
 
-    radius: int = 3
+    radius: int = 5
     search: int = 4
     temperature: float = 0.15
     momentum: float = 0.5
     inertia: float = 0.3
     update: float = 0.03
-    threshold: float = 0.5
+    threshold: float = 0.35
 
     def __post_init__(self) -> None:
         for name, low in (("radius", 1), ("search", 1)):
