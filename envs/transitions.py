@@ -103,7 +103,7 @@ class CPS:
 
     name: ClassVar[str] = "cps"
     learnable: ClassVar[bool] = True
-    eta: float = 0.7
+    eta: float = 0.9
 
     def __post_init__(self) -> None:
         _check_eta(self.name, self.eta)

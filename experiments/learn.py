@@ -135,7 +135,7 @@ def main() -> None:
     """Run what is missing and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--updates", type=int, default=60, help="GRPO updates per run")
+    parser.add_argument("--updates", type=int, default=80, help="GRPO updates per run")
     parser.add_argument("--clips", type=int, default=128, help="held-out clips")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one CPU thread each")
     parser.add_argument("--out", type=Path, default=Path("outputs/learn"))

@@ -28,11 +28,12 @@ def run(plan: Plan) -> None:
     before, _ = session.evaluate()
     networks = session.episodes.networks
     began = time.time()
+    stage = FewStepStage(seed=settings.seed, sigmas=list(settings.rollout.sigmas), steps=settings.updates, pool=CLIPS)
+    first = FIRST_CLIP + settings.seed * CLIPS
     pools = [
-        encode_pool(settings.world, networks.video, networks.text, bucket, CLIPS, FIRST_CLIP + settings.seed * CLIPS)
+        encode_pool(settings.world, networks.video, networks.text, bucket, CLIPS, first, stage.track_noise)
         for bucket in settings.world.buckets
     ]
-    stage = FewStepStage(seed=settings.seed, sigmas=list(settings.rollout.sigmas), steps=settings.updates)
     student = train_few_step(pools, stage, networks.transformer, lambda line: print(line, flush=True))
     networks.transformer.load_state_dict(student.state_dict())
     seconds = time.time() - began

@@ -40,7 +40,7 @@ class Motion:
     """
 
     weight: float = 1.0
-    profile: str = "train"
+    profile: str = "paper"
     alpha: float | None = None
     scale: float | None = None
     support: int = 0

@@ -125,7 +125,7 @@ def test_help_explains_choices_and_fields(command: Run) -> None:
         "iterations between two moves",
         "reward=motion ",
         "rollout.group_size=8",
-        "optimizer.lr=0.0001",
+        "optimizer.lr=0.0005",
         "-m",
     ):
         assert text in out

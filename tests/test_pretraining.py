@@ -339,6 +339,16 @@ def test_training_and_acting_condition_alike(networks: Networks) -> None:
     torch.testing.assert_close(text, networks.text.encode([clips.prompts[i] for i in order]), atol=1e-5, rtol=0)
 
 
+def test_noise_of_the_tracks_is_in_the_control_alone(networks: Networks) -> None:
+    bucket = WORLD.buckets[0]
+    exact, noisy, again = (
+        flow.encode_pool(WORLD, networks.video, networks.text, bucket, 3, track_noise=std) for std in (0.0, 3.0, 3.0)
+    )
+    assert torch.equal(exact.latents, noisy.latents) and torch.equal(exact.text, noisy.text)
+    assert (exact.control - noisy.control).abs().max() > 1e-2
+    assert torch.equal(noisy.control, again.control)
+
+
 def test_stages_are_functions_of_their_seed(folder: Path, tmp_path: Path) -> None:
     vae.train_vae(WORLD, VAE, tmp_path / "vae", silent)
     again = AutoencoderKLWan.from_pretrained(tmp_path / "vae").state_dict()

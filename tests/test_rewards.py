@@ -56,7 +56,7 @@ class TestMotion:
         control = asking(asked[0, 0], size)
         trajectory = replace(control.trajectory, xy=asked, presence=presence, intensity=presence.float())
         batch_ = ClipBatch(torch.zeros(batch, 3, frames, *size), trajectory, [""] * 3, presence, [""] * 3)
-        got = motion(found, visible).score(batch_.video, batch_).value
+        got = motion(found, visible, profile="train").score(batch_.video, batch_).value
         for b in range(batch):
             assert got[b, 0] == 0
             for m in range(1, 4):
@@ -83,7 +83,7 @@ class TestMotion:
         off = PATH + torch.tensor([3.0, 4.0]) * (torch.arange(17) >= 9)[:, None]
         visible = torch.ones(1, 1, 17, dtype=torch.bool)
         visible[..., 15:] = False
-        metrics = motion(off[None, None], visible).score(video, control).metrics
+        metrics = motion(off[None, None], visible, profile="train").score(video, control).metrics
         assert metrics["visible"] == pytest.approx(14 / 16)
         assert metrics["error_px"] == pytest.approx(5 * 6 / 14)
         assert metrics["clipped"] == pytest.approx(6 / 14)  # (5 / 31)^2 = 0.026 > alpha = 0.02

@@ -17,6 +17,7 @@ from tracking.transforms import (
     cut,
     extend,
     inside,
+    jittered,
     resample_arc_length,
     resample_time,
     resize,
@@ -193,3 +194,20 @@ class TestTransforms:
         longer = extend(part, 5)
         assert longer.num_frames == 5 and not longer.presence[:, 3:].any()
         assert torch.equal(longer.xy[:, :3], part.xy)
+
+
+class TestJittered:
+    def test_errors_are_as_large_as_asked_and_the_touch_is_exact(self) -> None:
+        exact = sample(tracks=2000, frames=17)
+        off = jittered(exact, 2.0, np.random.default_rng(0)).xy - exact.xy
+        assert torch.equal(off[:, 0], torch.zeros(2000, 2))
+        assert off[:, 4::4].std() == pytest.approx(2.0, rel=0.02) and abs(off.mean()) < 0.02
+        between = torch.lerp(off[:, :-4:4], off[:, 4::4], 0.25)
+        torch.testing.assert_close(off[:, 1::4], between, atol=1e-4, rtol=0)
+
+    def test_nothing_else_changes(self) -> None:
+        exact = sample(frames=10)
+        noisy = jittered(exact, 1.0, np.random.default_rng(0))
+        assert torch.equal(noisy.presence, exact.presence) and torch.equal(noisy.intensity, exact.intensity)
+        assert torch.equal(jittered(exact, 0.0, np.random.default_rng(0)).xy, exact.xy)
+        assert torch.equal(jittered(exact, 1.0, np.random.default_rng(0)).xy, noisy.xy)

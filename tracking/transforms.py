@@ -7,11 +7,15 @@ width.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from tracking.trajectory import Trajectory
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def cover_box(height: int, width: int, bucket: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -110,6 +114,21 @@ def resample_arc_length(trajectory: Trajectory, frames: int) -> Trajectory:
         presence=here.reshape(*lead, 1).expand(*lead, frames),
         fps=max(frames - 1, 1) / seconds,
     )
+
+
+def jittered(trajectory: Trajectory, std: float, rng: np.random.Generator, every: int = 4) -> Trajectory:
+    """Positions as a weak tracker finds them: off by normal errors of `std` pixels, drawn anew each `every` frames.
+
+    Between those frames the error changes linearly; the first position, the touch itself, stays exact. Presence stays.
+    """
+    lead, frames = trajectory.xy.shape[:-2], trajectory.num_frames
+    knots = -(-(frames - 1) // every) + 1
+    error = torch.from_numpy(rng.standard_normal((*lead, knots, 2), dtype="float32")) * std
+    error[..., 0, :] = 0
+    at = torch.arange(frames) / every
+    low = at.floor().long()
+    offset = torch.lerp(error[..., low, :], error[..., (low + 1).clamp(max=knots - 1), :], (at - low)[:, None])
+    return replace(trajectory, xy=trajectory.xy + offset.to(trajectory.xy))
 
 
 def _crop(trajectory: Trajectory, box: tuple[int, int, int, int], size: tuple[int, int]) -> Trajectory:

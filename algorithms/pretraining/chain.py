@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,17 +66,17 @@ class Chain:
         train_towers(self.world, vocabulary(), stage, to, name, self.report, to / STATE)
 
     def _teach(self, stage: FlowStage, to: Path) -> None:
-        pools = self._pools
+        pools = self._pools(stage.pool)
         text_dim = pools[0].text.shape[-1]
         model = build_transformer(stage, pools[0].latents.shape[2], text_dim)
         train_flow(pools, stage, model, self.report, to / STATE).save_pretrained(to / "teacher")
 
     def _adapt(self, stage: FewStepStage, to: Path) -> None:
         teacher = CausalWanTransformer3DModel.from_pretrained(self.out / "teacher", local_files_only=True)
-        train_few_step(self._pools, stage, teacher, self.report, to / STATE).save_pretrained(to / "transformer")
+        pools = self._pools(stage.pool, stage.track_noise)
+        train_few_step(pools, stage, teacher, self.report, to / STATE).save_pretrained(to / "transformer")
 
-    @cached_property
-    def _pools(self) -> list[LatentPool]:
+    def _pools(self, count: int, track_noise: float = 0.0) -> list[LatentPool]:
         """Encoded training clips of every frame size; encoding them takes minutes."""
         video = VideoCodec(AutoencoderKLWan.from_pretrained(self.out / "vae", local_files_only=True))
         text = TextCodec(
@@ -84,7 +84,8 @@ class Chain:
             UMT5EncoderModel.from_pretrained(self.out / "text_encoder", local_files_only=True),
             self.towers.text_length,
         )
-        return [encode_pool(self.world, video, text, bucket, self.flow.pool) for bucket in self.world.buckets]
+        buckets = self.world.buckets
+        return [encode_pool(self.world, video, text, b, count, track_noise=track_noise) for b in buckets]
 
     def _stage(self, name: str, stage: Any, parts: list[str], train: Callable[[Any, Path], None]) -> None:
         """Train into a scratch folder, move the parts to their places, and note how they were made."""

@@ -26,6 +26,7 @@ from policies.causal_dit import CausalWanTransformer3DModel
 from policies.causality import Causality
 from policies.codecs import TextCodec, VideoCodec
 from policies.ema import EMA
+from tracking.transforms import jittered
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -75,6 +76,9 @@ class FewStepStage:
         sigmas: the student's noise levels.
         own_history: share of clips whose history is what the student itself generates, from the first frame on; the
             others have the true one.
+        track_noise: standard deviation in pixels of the errors of the tracks it is trained on. Tracks of real clips come
+            from trackers, and a model that learned from them follows a drag with caution: what RL is there to mend.
+        pool: training clips per bucket.
         steps: optimizer steps.
         batch: clips per step.
         lr: peak learning rate.
@@ -84,6 +88,8 @@ class FewStepStage:
     seed: int = 0
     sigmas: list[float] = field(default_factory=lambda: [1.0, 0.755, 0.522, 0.0])
     own_history: float = 0.75
+    track_noise: float = 4.0
+    pool: int = 2048
     steps: int = 1200
     batch: int = 12
     lr: float = 2e-3
@@ -109,16 +115,23 @@ class LatentPool:
 
 
 def encode_pool(
-    world: World, video: VideoCodec, text: TextCodec, bucket: tuple[int, int], count: int, first: int = 0
+    world: World,
+    video: VideoCodec,
+    text: TextCodec,
+    bucket: tuple[int, int],
+    count: int,
+    first: int = 0,
+    track_noise: float = 0.0,
 ) -> LatentPool:
-    """Render and encode training clips `first .. first + count - 1` of one bucket."""
+    """Render and encode training clips `first .. first + count - 1` of one bucket; `track_noise`: see `FewStepStage`."""
     latents, control, embeds = [], [], []
     size = world.size("train")
     for low in range(first, first + count, 64):
         indices = [i if size is None else i % size for i in range(low, min(low + 64, first + count))]
         clips = ClipPool(world, bucket, indices).batch(range(len(indices)))
         latents.append(video.encode(clips.video))
-        control.append(video.encode(heatmap(clips.trajectory, video.stride)))
+        tracks = jittered(clips.trajectory, track_noise, generator(Stream.TRAINING, *bucket, low, 6))
+        control.append(video.encode(heatmap(tracks, video.stride)))
         embeds.append(text.encode(clips.prompts))
     return LatentPool(torch.cat(latents), torch.cat(control), torch.cat(embeds))
 
