@@ -6,6 +6,8 @@ import sys
 import pytest
 import torch
 
+from data.sprites import Sprites
+from metrics.motion import motion_metrics
 from tests.moving import line, render
 from tracking.lucas_kanade import LucasKanade
 from tracking.ncc import NCC
@@ -26,6 +28,14 @@ def clips() -> torch.Tensor:
 
 def starts() -> torch.Tensor:
     return torch.stack([path[:1] for path in PATHS])
+
+
+def blur(frames: torch.Tensor, std: float) -> torch.Tensor:
+    """Gaussian blur of `frames [B, 3, H, W]`; edges repeat."""
+    line = torch.exp(-torch.arange(-6.0, 7.0) ** 2 / (2 * std**2))
+    kernel = torch.outer(line, line)[None, None] / line.sum() ** 2
+    padded = torch.nn.functional.pad(frames, (6, 6, 6, 6), mode="replicate")
+    return torch.nn.functional.conv2d(padded.flatten(0, 1)[:, None], kernel).unflatten(0, frames.shape[:2])[:, :, 0]
 
 
 @pytest.mark.parametrize("tracker", TRACKERS, ids=lambda t: type(t).__name__)
@@ -68,6 +78,17 @@ class TestEveryTracker:
         assert not found.visible[0, 0, 10:14].any()
         assert found.visible[0, 0, 20:].all()
         assert (found.xy[0, 0, 20:] - path[20:]).norm(dim=-1).max() < 1.0
+
+    def test_follows_a_sprite_that_loses_its_texture(self, tracker: Tracker) -> None:
+        """Few-step students blur; a person still sees where the sprite goes, and so must a tracker."""
+        world = Sprites(max_sprites=1, max_distractors=0)
+        clips = world.batch("train", range(16), (32, 32))
+        blurred = clips.video.clone()
+        for t in range(1, blurred.shape[2]):
+            blurred[:, :, t] = blur(clips.video[:, :, t], 2.0)
+        found = tracker.track(blurred, clips.trajectory.xy[:, :, 0])
+        metrics = motion_metrics(clips.trajectory, found)
+        assert metrics["motion_error_px"] < 2.5 and metrics["motion_visible"] > 0.8
 
     def test_point_that_leaves_the_frame_is_invisible(self, tracker: Tracker) -> None:
         path = line((24.0, 16.0), (1.2, 0.0))
