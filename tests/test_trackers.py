@@ -32,7 +32,7 @@ def starts() -> torch.Tensor:
 
 def blur(frames: torch.Tensor, std: float) -> torch.Tensor:
     """Gaussian blur of `frames [B, 3, H, W]`; edges repeat."""
-    line = torch.exp(-torch.arange(-6.0, 7.0) ** 2 / (2 * std**2))
+    line = torch.exp(-(torch.arange(-6.0, 7.0) ** 2) / (2 * std**2))
     kernel = torch.outer(line, line)[None, None] / line.sum() ** 2
     padded = torch.nn.functional.pad(frames, (6, 6, 6, 6), mode="replicate")
     return torch.nn.functional.conv2d(padded.flatten(0, 1)[:, None], kernel).unflatten(0, frames.shape[:2])[:, :, 0]

@@ -76,8 +76,8 @@ class FewStepStage:
         sigmas: the student's noise levels.
         own_history: share of clips whose history is what the student itself generates, from the first frame on; the
             others have the true one.
-        track_noise: standard deviation in pixels of the errors of the tracks it is trained on. Tracks of real clips come
-            from trackers, and a model that learned from them follows a drag with caution: what RL is there to mend.
+        track_noise: standard deviation in pixels of the errors of the tracks it is trained on. Tracks of real clips
+            come from trackers, and a model that learned from them follows a drag with caution: RL is there to mend it.
         pool: training clips per bucket.
         steps: optimizer steps.
         batch: clips per step.
@@ -123,7 +123,10 @@ def encode_pool(
     first: int = 0,
     track_noise: float = 0.0,
 ) -> LatentPool:
-    """Render and encode training clips `first .. first + count - 1` of one bucket; `track_noise`: see `FewStepStage`."""
+    """Render and encode training clips `first .. first + count - 1` of one bucket.
+
+    `track_noise` is that of `FewStepStage`; clips and captions stay exact.
+    """
     latents, control, embeds = [], [], []
     size = world.size("train")
     for low in range(first, first + count, 64):
