@@ -2,7 +2,7 @@
 
 Rolls out and scores `updates` times at fixed weights, each time other clips, and compares the gradients. The mean
 cosine between two of them is the share of an update's energy that every rollout agrees on; the rest is noise. It tells
-within minutes whether a reward, an advantage, a schedule or a choice of trainable layers can teach this policy anything.
+within minutes whether a reward, an advantage, a schedule or a choice of layers can teach this policy anything.
 """
 
 from __future__ import annotations

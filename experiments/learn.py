@@ -1,9 +1,9 @@
 """The learning result of the README: `python experiments/learn.py` (`make learn`).
 
 Cells, each a run of its own in `outputs/learn/<arm>_<seed>`: GRPO, the same updates with shuffled advantages, and
-continued supervised training, for every seed; and the student and the many-step teacher as they are. All are measured
-on the same held-out clips and noise, with the last weights, by a tracker and a vision tower that took no part in the
-reward.
+continued supervised training, for every seed; and, as they are, the student, the same before it was adapted to a weak
+tracker's tracks ("exact"), and the many-step teacher. All are measured on the same held-out clips and noise, with the
+last weights, by a tracker and a vision tower that took no part in the reward.
 Interrupt it at will: a finished cell is not run again and an unfinished one goes on from its checkpoint. The result is
 `docs/results/learn.jsonl` (one line per cell) and `docs/results/learn.md` (the table).
 """
@@ -25,8 +25,8 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "docs" / "results"
 # Steps of supervised training that take about as long as the default number of GRPO updates; the table gives seconds.
-SUPERVISED_STEPS = 500
-ARMS = ("student", "teacher", "grpo", "shuffled", "supervised")
+SUPERVISED_STEPS = 750
+ARMS = ("student", "exact", "teacher", "grpo", "shuffled", "supervised")
 TEACHER_SIGMAS = [1 - i / 16 for i in range(17)]
 METRICS = {
     "motion_error_px": "motion error, px",
@@ -55,7 +55,10 @@ def cells(seeds: int, updates: int, clips: int) -> list[Cell]:
     """All cells of the table."""
     shared = (f"evaluation.clips={clips}", "evaluation.every=0", "logger=local")
     rl = (*shared, f"updates={updates}", "saving.every=10", "resume=true")
-    found = [Cell("student", 0, "evaluate.py", shared)]
+    found = [
+        Cell("student", 0, "evaluate.py", shared),
+        Cell("exact", 0, "evaluate.py", (*shared, "model.transformer=few_step")),
+    ]
     sigmas = ",".join(f"{s:g}" for s in TEACHER_SIGMAS)
     found.append(
         Cell("teacher", 0, "evaluate.py", (*shared, "model.transformer=teacher", f"rollout.sigmas=[{sigmas}]"))
@@ -135,7 +138,7 @@ def main() -> None:
     """Run what is missing and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--updates", type=int, default=80, help="GRPO updates per run")
+    parser.add_argument("--updates", type=int, default=120, help="GRPO updates per run")
     parser.add_argument("--clips", type=int, default=128, help="held-out clips")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one CPU thread each")
     parser.add_argument("--out", type=Path, default=Path("outputs/learn"))

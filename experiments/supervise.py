@@ -1,25 +1,25 @@
 """Continue the student's supervised training and measure it: the control that tells learning from under-training.
 
-`python experiments/supervise.py updates=600 seed=0` runs the few-step stage of `algorithms/pretraining/flow.py` anew
-from the student, on clips that stage has not seen, and evaluates before and after exactly as `grpo.py` does.
+`python experiments/supervise.py updates=600 seed=0` runs the last stage of `algorithms/pretraining/flow.py` anew
+from the student, on clips that no stage has seen, and evaluates before and after exactly as `grpo.py` does.
 """
 
 from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 
 from runtime.cli import main, setup_phase
 from runtime.config import Plan
 
 # Clips 0 .. 2047 trained the student; these are fresh.
 FIRST_CLIP = 100_000
-CLIPS = 768
 
 
 def run(plan: Plan) -> None:
     """Train, evaluate, and write `evaluation.json` and a checkpoint into `run_dir`."""
-    from algorithms.pretraining.flow import FewStepStage, encode_pool, train_few_step
+    from algorithms.pretraining.flow import WEAK_TRACKS, encode_pool, train_few_step
     from runtime.session import Session
 
     settings = plan.settings
@@ -28,10 +28,11 @@ def run(plan: Plan) -> None:
     before, _ = session.evaluate()
     networks = session.episodes.networks
     began = time.time()
-    stage = FewStepStage(seed=settings.seed, sigmas=list(settings.rollout.sigmas), steps=settings.updates, pool=CLIPS)
-    first = FIRST_CLIP + settings.seed * CLIPS
+    sigmas, clips = list(settings.rollout.sigmas), WEAK_TRACKS.pool
+    stage = replace(WEAK_TRACKS, seed=2 + settings.seed, sigmas=sigmas, steps=settings.updates)
+    first = FIRST_CLIP + settings.seed * clips
     pools = [
-        encode_pool(settings.world, networks.video, networks.text, bucket, CLIPS, first, stage.track_noise)
+        encode_pool(settings.world, networks.video, networks.text, bucket, clips, first, stage.track_noise)
         for bucket in settings.world.buckets
     ]
     student = train_few_step(pools, stage, networks.transformer, lambda line: print(line, flush=True))

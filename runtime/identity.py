@@ -10,10 +10,11 @@ VOLATILE = ("run_dir", "resume", "updates", "saving", "evaluation.every", "logge
 
 def identity(config: dict[str, Any]) -> dict[str, Any]:
     """Return `config` flattened to dotted keys, without the volatile ones: two runs with one identity
-    compute the same.
+    compute the same. The number of updates belongs to it where the learning rate falls towards the last of them.
     """
     flat = flatten(config)
-    return {k: v for k, v in flat.items() if not any(k == v or k.startswith(f"{v}.") for v in VOLATILE)}
+    volatile = [v for v in VOLATILE if not (v == "updates" and flat.get("optimizer.decay"))]
+    return {k: v for k, v in flat.items() if not any(k == v or k.startswith(f"{v}.") for v in volatile)}
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

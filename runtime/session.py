@@ -103,6 +103,8 @@ class Session:
         """
         algorithm, engine = self.settings.algorithm, self.settings.engine
         rows: list[dict[str, float]] = []
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.optimizer.rate(self.iteration, self.settings.updates)
         for epoch in range(algorithm.epochs):
             for indices in self._minibatches(epoch):
                 losses = self.loss_module(rollout[indices])

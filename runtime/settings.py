@@ -83,6 +83,7 @@ class Optimizer:
 
     Attributes:
         lr: learning rate.
+        decay: share of the updates, the last ones, over which lr falls linearly to 0, in [0, 1]; 0 keeps it.
         betas: decay rates of the two moment estimates, each in [0, 1).
         weight_decay: decoupled weight decay per step, times lr.
         grad_clip: largest L2 norm of the whole gradient; longer ones are scaled down.
@@ -90,6 +91,7 @@ class Optimizer:
     """
 
     lr: float
+    decay: float
     betas: list[float]
     weight_decay: float
     grad_clip: float
@@ -102,7 +104,13 @@ class Optimizer:
             len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
             f"optimizer.betas must be two numbers in [0, 1), got {self.betas}",
         )
+        require(0 <= self.decay <= 1, f"optimizer.decay must be in [0, 1], got {self.decay}")
         require(0 <= self.ema < 1, f"optimizer.ema must be in [0, 1), got {self.ema}")
+
+    def rate(self, iteration: int, updates: int) -> float:
+        """Learning rate of an iteration of a run of `updates`: `lr` times the share of the decay that is left."""
+        left = (updates - iteration) / (self.decay * updates) if self.decay else 1.0
+        return self.lr * min(1.0, left)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from algorithms.pretraining.chain import RECIPE
-from algorithms.pretraining.flow import FewStepStage, FlowStage, own_frames
+from algorithms.pretraining.flow import WEAK_TRACKS, FewStepStage, FlowStage, own_frames
 from algorithms.pretraining.towers import TowerStage
 from algorithms.pretraining.vae import VAEStage
 from data.sprites import Sprites
@@ -21,7 +21,8 @@ STAGES = {
     "aesthetic": TowerStage(),
     "aesthetic_eval": replace(TowerStage(), seed=1),
     "teacher": FlowStage(),
-    "transformer": FewStepStage(),
+    "few_step": FewStepStage(),
+    "transformer": WEAK_TRACKS,
 }
 
 

@@ -311,9 +311,9 @@ def test_identity_ignores_where_and_how_long_but_nothing_else() -> None:
     one, same, other = (
         checked(*o).config
         for o in (
-            [],
-            ["updates=9", "run_dir=x", "logger=local", "saving.keep=5"],
-            ["optimizer.lr=2e-5", "schedule=all"],
+            ["optimizer.decay=0"],
+            ["optimizer.decay=0", "updates=9", "run_dir=x", "logger=local", "saving.keep=5"],
+            ["optimizer.decay=0", "optimizer.lr=2e-5", "schedule=all"],
         )
     )
     assert differences(identity(one), identity(same)) == []
@@ -322,6 +322,20 @@ def test_identity_ignores_where_and_how_long_but_nothing_else() -> None:
         "schedule._target_",
         "schedule.scope",
     ]
+
+
+def test_learning_rate_falls_to_zero_after_the_last_update_and_that_is_part_of_a_run() -> None:
+    settings = checked("optimizer.lr=1e-3", "optimizer.decay=0.5", "updates=4").settings
+    rates = [settings.optimizer.rate(i, settings.updates) for i in range(5)]
+    assert rates == pytest.approx([1e-3, 1e-3, 1e-3, 5e-4, 0])
+    assert [replace_decay(0.0).rate(i, 4) for i in range(4)] == [1e-3] * 4
+    assert replace_decay(1.0).rate(1, 4) == pytest.approx(7.5e-4)
+    one, longer = (checked("optimizer.decay=0.5", f"updates={n}").config for n in (4, 5))
+    assert differences(identity(one), identity(longer)) == ["updates: 4 -> 5"]
+
+
+def replace_decay(decay: float) -> Any:
+    return dataclasses.replace(checked("optimizer.lr=1e-3").settings.optimizer, decay=decay)
 
 
 # the strict builder

@@ -1,4 +1,4 @@
-"""The embedded models from nothing: VAE, towers, causal flow model ("teacher"), few-step student."""
+"""The embedded models from nothing: VAE, towers, causal flow model ("teacher"), few-step model, student."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from diffusers import AutoencoderKLWan
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from algorithms.pretraining.flow import (
+    WEAK_TRACKS,
     FewStepStage,
     FlowStage,
     LatentPool,
@@ -57,7 +58,8 @@ class Chain:
             stage = replace(self.towers, seed=seed)
             self._stage(name, stage, parts, partial(self._towers, name))
         self._stage("teacher", self.flow, ["teacher"], self._teach)
-        self._stage("transformer", self.few_step, ["transformer"], self._adapt)
+        self._stage("few_step", self.few_step, ["few_step"], partial(self._adapt, "teacher", "few_step"))
+        self._stage("transformer", WEAK_TRACKS, ["transformer"], partial(self._adapt, "few_step", "transformer"))
 
     def _vae(self, stage: VAEStage, to: Path) -> None:
         train_vae(self.world, stage, to / "vae", self.report, to / STATE)
@@ -71,10 +73,10 @@ class Chain:
         model = build_transformer(stage, pools[0].latents.shape[2], text_dim)
         train_flow(pools, stage, model, self.report, to / STATE).save_pretrained(to / "teacher")
 
-    def _adapt(self, stage: FewStepStage, to: Path) -> None:
-        teacher = CausalWanTransformer3DModel.from_pretrained(self.out / "teacher", local_files_only=True)
+    def _adapt(self, start: str, name: str, stage: FewStepStage, to: Path) -> None:
+        model = CausalWanTransformer3DModel.from_pretrained(self.out / start, local_files_only=True)
         pools = self._pools(stage.pool, stage.track_noise)
-        train_few_step(pools, stage, teacher, self.report, to / STATE).save_pretrained(to / "transformer")
+        train_few_step(pools, stage, model, self.report, to / STATE).save_pretrained(to / name)
 
     def _pools(self, count: int, track_noise: float = 0.0) -> list[LatentPool]:
         """Encoded training clips of every frame size; encoding them takes minutes."""
