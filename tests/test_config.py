@@ -23,6 +23,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import ConfigCompositionException, HydraException
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from runtime import explain, rules, schema
@@ -123,7 +124,8 @@ sums = st.lists(
 def test_a_sum_is_its_terms_with_their_weights(terms: list[tuple[str, float | None]]) -> None:
     text = "+".join(name if weight is None else f"{weight}*{name}" for name, weight in terms)
     found = weights(plain(compose("train", [f"reward={text}"])))
-    assert found == {name: 1.0 if weight is None else weight for name, weight in terms}
+    own = {name: OmegaConf.load(CONF / "reward" / f"{name}.yaml").weight for name, _ in terms}
+    assert found == {name: own[name] if weight is None else weight for name, weight in terms}
 
 
 @given(st.text(st.sampled_from("abe_2+*. -nf1")) | st.text())
