@@ -97,6 +97,9 @@ class _Outcome:
             action()
         except (HydraException, SetupError, ValueError, OSError) as error:
             return self.report(_readable(error, known), REFUSED)
+        except TypeError:
+            # Hydra 1.3 trips over `world=[1,2]`; errors of the run itself never come this far.
+            return self.report("a config group takes the name of a choice, such as world=sprites, not numbers", REFUSED)
         return 0
 
 
