@@ -25,8 +25,8 @@ class GRPO:
         kl_weight: factor of the KL to the initial policy, in closed form between Gaussians; 0 keeps no reference.
         epochs: passes over a rollout.
         minibatches: optimizer steps per pass; divides the samples of an update.
-        advantage_std: `unbiased` (n - 1) or `biased` (n) standard deviation of a group.
         history_baseline: take out of a frame's reward what the reward of the frame before it predicts.
+        advantage_std: `unbiased` (n - 1) or `biased` (n) standard deviation of a group.
         advantage_eps: added to that standard deviation, in units of reward.
         step_rescaling: weight the loss of a step by mean(k) / k, k its gradient scale.
         log_ratio_clamp: log-ratios are limited to +- this before exp.

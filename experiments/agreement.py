@@ -59,9 +59,9 @@ def run(plan: Plan) -> None:
     from runtime.session import Session
 
     rollouts = plan.settings.updates
-    if rollouts < 3:
-        raise ValueError(f"updates={rollouts}: gradients of at least 3 rollouts are compared; try updates=16")
     with setup_phase():
+        if rollouts < 3:
+            raise ValueError(f"updates={rollouts}: gradients of at least 3 rollouts are compared; try updates=16")
         session = Session(plan.settings, plan.config)
     gradients = torch.stack([gradient(session, i) for i in track(range(rollouts), "rollouts")])
     share, error = agreement(gradients)

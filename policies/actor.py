@@ -16,8 +16,7 @@ from policies.causality import Causality
 from policies.kv_cache import KVCache
 
 if TYPE_CHECKING:
-    from envs.ar_video import step
-from envs.transitions import Transition
+    from envs.transitions import Transition
 
 STATE_KEYS = ["condition", "text", "latents", "sigma", "stochastic", "frame", "step", "key"]
 

@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,8 @@ class Chain:
     def __init__(self, world: World, out: Path, report: Callable[[str], None] = print) -> None:
         self.world, self.out, self.report = world, out, report
         self.flow, self.few_step, self.towers = FlowStage(), FewStepStage(), TowerStage()
+        # Two stages train on the same clips, and encoding them takes minutes.
+        self._pools = cache(self._encode)
 
     def run(self) -> None:
         """Train what is missing, in order."""
@@ -68,7 +70,7 @@ class Chain:
         train_towers(self.world, vocabulary(), stage, to, name, self.report, to / STATE)
 
     def _teach(self, stage: FlowStage, to: Path) -> None:
-        pools = self._pools(stage.pool)
+        pools = self._pools(stage.pool, 0.0)
         text_dim = pools[0].text.shape[-1]
         model = build_transformer(stage, pools[0].latents.shape[2], text_dim)
         train_flow(pools, stage, model, self.report, to / STATE).save_pretrained(to / "teacher")
@@ -78,8 +80,8 @@ class Chain:
         pools = self._pools(stage.pool, stage.track_noise)
         train_few_step(pools, stage, model, self.report, to / STATE).save_pretrained(to / name)
 
-    def _pools(self, count: int, track_noise: float = 0.0) -> list[LatentPool]:
-        """Encoded training clips of every frame size; encoding them takes minutes."""
+    def _encode(self, count: int, track_noise: float) -> list[LatentPool]:
+        """Encoded training clips of every frame size."""
         video = VideoCodec(AutoencoderKLWan.from_pretrained(self.out / "vae", local_files_only=True))
         text = TextCodec(
             AutoTokenizer.from_pretrained(self.out / "tokenizer", local_files_only=True),
