@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from tensordict import TensorDictBase
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.clip import ClipBatch
 from data.draws import Stream, generator
@@ -49,10 +49,8 @@ class Session:
         r = settings.rollout
         causality = Causality(r.chunk, r.window, r.sink, r.history_gradient)
         self.episodes = Episodes(settings.world, networks, r, settings.schedule, self.device)
-        settings.adaptation.apply(networks.transformer, settings.seed)
-        if settings.checkpoint is not None:
-            # Before the reference is made: the KL is to the policy that this run starts from.
-            self._load_weights(checkpoint.load(Path(settings.checkpoint)))
+        # Before the reference is made: the KL is to the policy that this run starts from.
+        self._adapt(networks.transformer)
         self.actor = Actor(networks.transformer, settings.transition, causality)
         self.parameters = [p for p in networks.transformer.parameters() if p.requires_grad]
         reference = ReferencePolicy(self.actor, settings.adaptation) if settings.algorithm.kl_weight > 0 else None
@@ -170,17 +168,24 @@ class Session:
                 f"policy and environment disagree, nothing learned from this is right"
             )
 
-    def _load_weights(self, snapshot: checkpoint.Snapshot) -> None:
-        own = {k: v for k, v in self.episodes.networks.transformer.named_parameters() if v.requires_grad}
-        found = snapshot.tensors["weights"]
-        if own.keys() != found.keys():
-            odd = sorted(own.keys() ^ found.keys())
-            raise ValueError(
-                f"the checkpoint trains other weights: {odd[0]} and {len(odd) - 1} more; use its adaptation"
-            )
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(found[name])
+    def _adapt(self, transformer: nn.Module) -> None:
+        """Choose what trains, starting from the weights of `settings.checkpoint` where there is one.
+
+        Its averaged weights are taken where it has some, for those are what its run evaluated. Weights of the network
+        itself fit any adaptation; adapters fit the one that made them.
+        """
+        adaptation, seed, path = self.settings.adaptation, self.settings.seed, self.settings.checkpoint
+        if path is None:
+            adaptation.apply(transformer, seed)
+            return
+        tensors = checkpoint.load(Path(path)).tensors
+        weights = tensors.get("ema", tensors["weights"])
+        if weights.keys() <= dict(transformer.named_parameters()).keys():
+            _copy(weights, transformer)
+            adaptation.apply(transformer, seed)
+        else:
+            adaptation.apply(transformer, seed)
+            _copy(weights, transformer)
 
     def _resume(self) -> None:
         newest = checkpoint.latest(self.run_dir)
@@ -188,11 +193,26 @@ class Session:
             return
         snapshot = checkpoint.load(newest)
         checkpoint.refuse_mismatch(snapshot.config, self.config)
-        self._load_weights(snapshot)
+        _copy(snapshot.tensors["weights"], self.episodes.networks.transformer)
         checkpoint.restore_optimizer(self.optimizer, snapshot.tensors["optimizer"])
         if self.ema is not None:
             self.ema.load_state_dict(snapshot.tensors["ema"])
         self.iteration = snapshot.step
+
+
+@torch.no_grad()
+def _copy(weights: dict[str, Tensor], network: nn.Module) -> None:
+    """Put some of a network's weights in place.
+
+    Raises:
+        ValueError: it has no weights of these names.
+    """
+    own = dict(network.named_parameters())
+    odd = sorted(weights.keys() - own.keys())
+    if odd:
+        raise ValueError(f"the checkpoint has weights of adapters ({odd[0]} and {len(odd) - 1} more); use its adaptation")
+    for name, value in weights.items():
+        own[name].copy_(value)
 
 
 def _device(name: str) -> str:

@@ -82,6 +82,22 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(model: Path, tmp_
     assert len(updates[0]) == 3 and json.dumps(updates[0]) == json.dumps(updates[1])
 
 
+@pytest.mark.parametrize("adaptation", ["full", "attention", "lora"])
+def test_a_checkpoint_measures_as_its_run_did(model: Path, tmp_path: Path, adaptation: str) -> None:
+    made = [f"adaptation={adaptation}", "optimizer.ema=0.5"]
+    run(plan(model, tmp_path / "run", *made))
+    last = json.loads((tmp_path / "run" / "evaluation.json").read_text())["curve"][-1]
+    start = f"checkpoint={tmp_path / 'run' / 'checkpoints' / 'step_000001'}"
+    # Only adapters need to be told what they are.
+    again = plan(model, tmp_path / "again", start, *([made[0]] if adaptation == "lora" else []))
+    metrics, _ = Session(again.settings, again.config).evaluate()
+    assert metrics == {name: value for name, value in last.items() if name != "update"}
+    if adaptation == "lora":
+        plain = plan(model, tmp_path / "plain", start)
+        with pytest.raises(ValueError, match="use its adaptation"):
+            Session(plain.settings, plain.config)
+
+
 def test_a_run_leaves_its_results(model: Path, tmp_path: Path) -> None:
     run(plan(model, tmp_path / "run"))
     for name in ("config.yaml", "metrics.jsonl", "evaluation.json", "environment.json", "curves.png", "report.html"):

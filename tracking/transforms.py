@@ -116,16 +116,20 @@ def resample_arc_length(trajectory: Trajectory, frames: int) -> Trajectory:
     )
 
 
-def jittered(trajectory: Trajectory, std: float, rng: np.random.Generator, every: int = 4) -> Trajectory:
-    """Positions as a weak tracker finds them: off by normal errors of `std` pixels, drawn anew each `every` frames.
+# Pixel frames between two independent errors of a weak tracker: one latent frame.
+ERROR_SPACING = 4
+
+
+def jittered(trajectory: Trajectory, std: float, rng: np.random.Generator) -> Trajectory:
+    """Positions as a weak tracker finds them: off by normal errors of `std` pixels, drawn anew each latent frame.
 
     Between those frames the error changes linearly; the first position, the touch itself, stays exact. Presence stays.
     """
     lead, frames = trajectory.xy.shape[:-2], trajectory.num_frames
-    knots = -(-(frames - 1) // every) + 1
+    knots = -(-(frames - 1) // ERROR_SPACING) + 1
     error = torch.from_numpy(rng.standard_normal((*lead, knots, 2), dtype="float32")) * std
     error[..., 0, :] = 0
-    at = torch.arange(frames) / every
+    at = torch.arange(frames) / ERROR_SPACING
     low = at.floor().long()
     offset = torch.lerp(error[..., low, :], error[..., (low + 1).clamp(max=knots - 1), :], (at - low)[:, None])
     return replace(trajectory, xy=trajectory.xy + offset.to(trajectory.xy))
