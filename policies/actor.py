@@ -9,11 +9,10 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
-from data import draws
-from envs.ar_video import step
-from envs.transitions import log_prob, ode_mean
+from envs.transitions import log_prob
 from policies.causality import Causality
 from policies.kv_cache import KVCache
+from policies.sampler import act
 
 if TYPE_CHECKING:
     from envs.transitions import Transition
@@ -66,19 +65,11 @@ class Actor(TensorDictModuleBase):
         """
         state = tensordict
         m, n = _position(state)
-        x, v = state["latents"][:, m].float(), self.velocity(state, m, n)
-        now, later = (state["sigma"][:, m, i, None, None, None].float() for i in (n, n + 1))
-        action = ode_mean(x, v, now, later).to(state["latents"].dtype)
-        log_probs = x.new_zeros(len(x), 1)
-        rows = state["stochastic"][:, m, n].nonzero().flatten()
-        if len(rows):
-            mean, std = self.transition.moments(x[rows], v[rows], now[rows], later[rows])
-            keys = [(*key, m, n) for key in state["key"][rows].tolist()]
-            noise = draws.normals(draws.Stream.TRANSITION_NOISE, keys, x.shape[1:]).to(x.device)
-            # The density is that of the value which is stored, rounding included.
-            action[rows] = (mean + std * noise).to(action.dtype)
-            log_probs[rows, 0] = log_prob(action[rows], mean, std)
-        return tensordict.set("action", action).set("log_prob", log_probs)
+        x, v = state["latents"][:, m], self.velocity(state, m, n)
+        keys = [(*key, m, n) for key in state["key"].tolist()]
+        now, later, chosen = state["sigma"][:, m, n], state["sigma"][:, m, n + 1], state["stochastic"][:, m, n]
+        action, log_probs = act(self.transition, x, v, now, later, chosen, keys)
+        return tensordict.set("action", action).set("log_prob", log_probs[:, None])
 
     def velocity(self, state: TensorDictBase, m: int, n: int) -> Tensor:
         """Velocity `[B,C,h,w]` of frame m at step n, float32; keeps the cache in step with the state.
@@ -145,13 +136,6 @@ class Actor(TensorDictModuleBase):
         scores = _scores(self.transition, latents[:, :, :-1], v, sigma[:, :, :-1], sigma[:, :, 1:], latents[:, :, 1:])
         kept = {name: _where(rollout["stochastic"], score) for name, score in scores.items()}
         return TensorDict(kept, batch_size=rollout.batch_size)
-
-
-def generate(actor: Actor, state: TensorDictBase) -> Tensor:
-    """Act from an episode's start to its end; return the finished frames `[B, M, C, h, w]`."""
-    for _ in range(state["stochastic"].shape[1:].numel()):
-        state, _, _ = step(state, actor(state)["action"])
-    return state["latents"]
 
 
 def evaluate(

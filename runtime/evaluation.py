@@ -14,7 +14,8 @@ from data.clip import ClipBatch
 from metrics.features import ClipFeatures
 from metrics.frechet import frechet_distance
 from metrics.motion import counted, endpoint_error, per_clip
-from policies.actor import Actor, generate
+from policies.actor import Actor
+from policies.sampler import generate
 from rewards.aesthetic import Aesthetic
 from rewards.base import RewardContext
 from tracking.trackers import Tracker, Tracks
@@ -62,7 +63,8 @@ def sample(actor: Actor, episodes: Episodes, clips: list[ClipBatch], judge: Judg
         for begin in range(0, len(batch), BATCH):
             part = batch.select(range(begin, min(begin + BATCH, len(batch))))
             state, _ = episodes.begin(part, 1, EVALUATION_SEED, 0, first_prompt=first + begin)
-            videos.append(episodes.networks.video.decode(generate(actor, state)).cpu())
+            chain = generate(actor.transformer, actor.transition, actor.causality, state)
+            videos.append(episodes.networks.video.decode(chain[:, :, -1]).cpu())
         first += len(batch)
         found.append(follow(torch.cat(videos), batch, judge))
     return found

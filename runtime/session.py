@@ -210,7 +210,9 @@ def _copy(weights: dict[str, Tensor], network: nn.Module) -> None:
     own = dict(network.named_parameters())
     odd = sorted(weights.keys() - own.keys())
     if odd:
-        raise ValueError(f"the checkpoint has weights of adapters ({odd[0]} and {len(odd) - 1} more); use its adaptation")
+        raise ValueError(
+            f"the checkpoint has weights of adapters ({odd[0]} and {len(odd) - 1} more); use its adaptation"
+        )
     for name, value in weights.items():
         own[name].copy_(value)
 

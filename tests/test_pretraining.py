@@ -115,12 +115,10 @@ def latent_pool() -> flow.LatentPool:
     return flow.LatentPool(random(8, 3, 2, 4, 4), random(8, 3, 2, 4, 4, seed=1), random(8, 5, 6, seed=2))
 
 
-def test_noised_and_flow_matching_by_hand() -> None:
+def test_noised_by_hand() -> None:
     x0, eps = torch.full((1, 2, 1, 1, 1), 2.0), torch.full((1, 2, 1, 1, 1), -1.0)
     sigma = torch.tensor([[0.25, 1.0]])
     assert flow.noised(x0, eps, sigma).flatten().tolist() == [1.25, -1.0]
-    assert float(flow.flow_matching_loss(eps - x0, x0, eps)) == 0
-    assert float(flow.flow_matching_loss(torch.zeros_like(x0), x0, eps)) == 9
     # x0 = x - sigma v.
     x = flow.noised(x0, eps, sigma)
     torch.testing.assert_close(x - sigma[..., None, None, None] * (eps - x0), x0)

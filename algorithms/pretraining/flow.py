@@ -17,16 +17,17 @@ import torch
 from torch import Tensor
 
 from algorithms.pretraining.loop import Fit, optimise
+from algorithms.distillation.losses import flow_matching_loss
 from data.draws import Stream, generator, seed_of
 from data.pool import ClipPool
 from envs.ar_video import start
 from envs.control import assemble_condition, heatmap
 from envs.transitions import ODE
-from policies.actor import Actor, generate
 from policies.causal_dit import CausalWanTransformer3DModel
 from policies.causality import Causality
 from policies.codecs import TextCodec, VideoCodec
 from policies.ema import EMA
+from policies.sampler import generate
 from tracking.transforms import jittered
 
 if TYPE_CHECKING:
@@ -162,11 +163,6 @@ def build_transformer(stage: FlowStage, channels: int, text_dim: int) -> CausalW
         )
 
 
-def flow_matching_loss(velocity: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
-    """Mean squared error of the velocity against `eps - x0` (AR-Drag Eq. 7); all `[B, M, C, h, w]`."""
-    return (velocity - (eps - x0)).square().mean()
-
-
 def noised(x0: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
     """`(1 - sigma) x0 + sigma eps` with `sigma [B, M]`."""
     level = sigma[..., None, None, None]
@@ -204,7 +200,7 @@ def train_flow(
         sigma = stage.shift * u / (1 + (stage.shift - 1) * u)
         eps = torch.randn(x0.shape, generator=noise)
         velocity = predict(model, x0, noised(x0, eps, sigma), sigma, condition, text)
-        return flow_matching_loss(velocity, x0, eps), {}
+        return flow_matching_loss(velocity, x0, eps)
 
     optimise(model.parameters(), Fit(stage.steps, stage.lr), loss_of, "flow", report, ema, matrices(model), state)
     return _averaged(model, ema)
@@ -218,7 +214,7 @@ def own_frames(
     key = torch.tensor([[seed, 0, row, 0] for row in range(batch)])
     shape = (channels, *condition.shape[3:])
     begin = start(condition, text, torch.tensor(sigmas), torch.zeros(1, dtype=torch.bool), key, shape)
-    return generate(Actor(model, ODE(), Causality()), begin)
+    return generate(model, ODE(), Causality(), begin)[:, :, -1]
 
 
 def train_few_step(
@@ -248,7 +244,8 @@ def train_few_step(
         sigma = table[torch.randint(len(table), x0.shape[:2], generator=noise)]
         eps = torch.randn(x0.shape, generator=noise)
         velocity = predict(student, history, noised(x0, eps, sigma), sigma, condition, text)
-        return flow_matching_loss(velocity, x0, eps), {"drift": drift}
+        loss, _ = flow_matching_loss(velocity, x0, eps)
+        return loss, {"drift": drift}
 
     fit = Fit(stage.steps, stage.lr)
     optimise(student.parameters(), fit, loss_of, "few-step", report, ema, matrices(student), state)

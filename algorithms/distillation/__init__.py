@@ -1,0 +1,1 @@
+"""Step 1 of the paper: a bidirectional teacher, distilled into a causal few-step student."""

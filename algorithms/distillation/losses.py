@@ -1,0 +1,95 @@
+"""Losses of step 1 (AR-Drag section 3.2) as pure functions.
+
+Shapes: B samples, M latent frames, `[B, M, C, h, w]` latents. Each returns the scalar loss and what to log. Means are over everything
+but what `mask [B, M]` leaves out; None keeps every frame.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Loss = tuple[Tensor, dict[str, Tensor]]
+
+
+def flow_matching_loss(velocity: Tensor, x0: Tensor, eps: Tensor, mask: Tensor | None = None) -> Loss:
+    """Mean squared error of the velocity against `eps - x0` (AR-Drag Eq. 7)."""
+    loss = _mean((velocity - (eps - x0)).square(), mask)
+    return loss, {"flow_matching": loss.detach()}
+
+
+def ode_regression_loss(x0: Tensor, target: Tensor, mask: Tensor | None = None) -> Loss:
+    """Mean squared error of a prediction against the end of the teacher's ODE from the same noise (CausVid, section 4.3)."""
+    loss = _mean((x0 - target.detach()).square(), mask)
+    return loss, {"ode_regression": loss.detach()}
+
+
+def consistency_loss(x0: Tensor, target: Tensor, huber: float = 0.0, mask: Tensor | None = None) -> Loss:
+    """Distance between predictions from two points of one ODE path (consistency distillation).
+
+    Args:
+        x0: prediction from the noisier point.
+        target: prediction from the cleaner point, by averaged weights; carries no gradient.
+        huber: 0 is the mean squared error; c > 0 is `sqrt(|d|^2 + c^2 D) - c sqrt(D)` of a frame's difference d of D
+            values, over sqrt(D) (pseudo-Huber, arXiv 2310.14189 Eq. 7).
+        mask: frames that count.
+    """
+    squared = (x0 - target.detach()).square()
+    if huber > 0:
+        squared = (squared.flatten(2).mean(-1) + huber**2).sqrt() - huber
+    loss = _mean(squared, mask)
+    return loss, {"consistency": loss.detach()}
+
+
+def dmd_loss(x0: Tensor, real: Tensor, fake: Tensor, mask: Tensor | None = None, floor: float = 1e-6) -> Loss:
+    """Distribution matching (DMD, arXiv 2311.18828 Eq. 7; AR-Drag Alg. 1).
+
+    `1/2 MSE(x0, stopgrad(x0 - g))` with `g = (fake - real) / (mean |x0 - real| + floor)`, whose gradient in x0 is
+    g over the number of values.
+
+    Args:
+        x0: what the student generated.
+        real: x0 that the teacher predicts from a noised copy of it.
+        fake: x0 that the model of the student's own clips predicts from the same copy.
+        mask: frames that count, also in the normaliser.
+        floor: keeps the normaliser from 0.
+    """
+    with torch.no_grad():
+        distance = (x0 - real).abs().flatten(2).mean(-1)
+        kept = torch.ones_like(distance) if mask is None else mask.to(distance)
+        scale = (distance * kept).sum(1) / kept.sum(1).clamp(min=1) + floor
+        gradient = (fake - real) / scale[:, None, None, None, None]
+    loss = 0.5 * _mean((x0 - (x0 - gradient).detach()).square(), mask)
+    return loss, {"dmd": loss.detach(), "dmd_gradient": _mean(gradient.abs(), mask), "dmd_distance": scale.mean()}
+
+
+def generator_loss(fake_logits: Tensor) -> Loss:
+    """The generator's side of the adversarial game, `softplus(-D(fake))` (non-saturating)."""
+    loss = F.softplus(-fake_logits).mean()
+    return loss, {"adversarial": loss.detach()}
+
+
+def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Loss:
+    """The discriminator's side, `softplus(-D(real)) + softplus(D(fake))`."""
+    loss = F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
+    right = torch.cat([(real_logits > 0).flatten(), (fake_logits < 0).flatten()]).float().mean()
+    return loss, {"discriminator": loss.detach(), "discriminator_accuracy": right}
+
+
+def gradient_penalty(logits: Tensor, perturbed: Tensor, std: float) -> Loss:
+    """Squared slope of the discriminator, `mean ((D(x + std z) - D(x)) / std)^2` for standard normal z.
+
+    R1 on true clips, R2 on generated ones; without second derivatives, which fused attention does not have
+    (arXiv 2501.08316, section 3.3). Its expectation tends to the squared gradient norm as std goes to 0.
+    """
+    loss = ((perturbed - logits) / std).square().mean()
+    return loss, {"gradient_penalty": loss.detach()}
+
+
+def _mean(value: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean of `[B, M, ...]` over the frames that `mask [B, M]` keeps."""
+    if mask is None:
+        return value.mean()
+    kept = mask.to(value).reshape(*mask.shape, *[1] * (value.ndim - 2)).expand_as(value)
+    return (value * kept).sum() / kept.sum().clamp(min=1)
