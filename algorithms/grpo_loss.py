@@ -9,7 +9,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.objectives import LossModule
 
-from algorithms.losses import step_weights
+from algorithms.losses import masked_mean, step_weights
 from envs.transitions import gaussian_kl, gradient_scale
 
 if TYPE_CHECKING:
@@ -41,14 +41,14 @@ class GRPOLoss(LossModule):
         scores = actor.evaluate(batch)
         sigma = batch["sigma"].float()
         now, later = sigma[..., :-1], sigma[..., 1:]
-        weight: Tensor | None = None
-        if self.settings.step_rescaling:
-            weight = step_weights(gradient_scale(actor.transition, now, later), later > 0)
+        scale = gradient_scale(actor.transition, now, later)
+        weight = step_weights(scale, later > 0) if self.settings.step_rescaling else None
         kl: Tensor | None = None
         if self.reference is not None:
             initial = self.reference.evaluate(batch)
             kl = gaussian_kl(scores["mean"], initial["mean"], scores["std"][..., None, None, None])
         objective, divergence, metrics = self.settings.loss(scores, batch, weight, kl)
+        metrics["gradient_scale"] = masked_mean(scale, batch["mask"])
         gap = torch.where(batch["stochastic"], scores["log_prob"] - batch["log_prob"], 0.0).abs().max()
         return TensorDict(
             {"loss_objective": objective, "loss_kl": divergence, "log_prob_gap": gap.detach(), **metrics}, []

@@ -24,9 +24,6 @@ SPLITS = ("train", "heldout", "hard")
 TRACK_FILES = ("{}.npz", "{}.npy", "{}_tracks.npy", "{}.pth", "{}.tracks.txt")
 # From this many clips on, the held-out split takes whole clips.
 SPLIT_BY_CLIP = 8
-# Up to this many clips, a bad one is reported when the world is configured; larger folders are looked into
-# when first used.
-CHECKED_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
@@ -92,13 +89,11 @@ class Clips:
         root = Path(self.folder).expanduser()
         if not root.is_dir():
             raise FileNotFoundError(f"world.folder: no folder at {self.folder}")
-        clips = find_clips(root)
-        if not clips:
+        if not find_clips(root):
             raise FileNotFoundError(
                 f"world.folder: {self.folder} holds no clips (mp4, webm, gif, ... or folders of png/jpg)"
             )
-        if len(clips) <= CHECKED_AT_ONCE:
-            _ = self._sources
+        _ = self._sources  # a clip that cannot be used is refused here
 
     @property
     def buckets(self) -> list[tuple[int, int]]:
@@ -156,7 +151,7 @@ class Clips:
         total = len(self._sources)
         held_clips = set(_last(total, self.heldout)) if total >= SPLIT_BY_CLIP else set()
         for clip, source in enumerate(self._sources):
-            starts = range(0, source.frames - self.frames + 1, self.window_step)
+            starts = self._starts(source)
             points = range(1 if source.tracks else self.points)
             late, spare = _last(len(starts), self.heldout), _last(len(points), self.heldout)
             for window, start in enumerate(starts):
@@ -221,6 +216,15 @@ class Clips:
             self._found[key] = find_points(frames, self.points, source.fps / source.step) or [_nothing(frames, source)]
         found = self._found[key]
         return found[point % len(found)]
+
+    def _starts(self, source: _Source) -> list[int]:
+        """First frames of a clip's windows; of those with given tracks, where one begins and goes on."""
+        starts = list(range(0, source.frames - self.frames + 1, self.window_step))
+        if not source.tracks:
+            return starts
+        asked = self._given(source).presence[:, :: source.step]
+        windows = {start: asked[:, start : start + self.frames] for start in starts}
+        return [s for s, window in windows.items() if bool((window[:, 0] & window[:, 1:].any(-1)).any())]
 
     def _check_crops(self, source: _Source) -> None:
         """Refuse tracks that no part of is left when the clip is cropped to a bucket."""

@@ -28,7 +28,6 @@ class Stream(IntEnum):
     SCHEDULE = 3
     DATA = 4
     TRAINING = 5
-    EVALUATION = 6
 
 
 def generator(stream: Stream, *key: int) -> np.random.Generator:

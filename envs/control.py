@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MODES = ("presence", "grayscale")
+# File beside a model's networks that names the mode they were trained on.
+NOTE = "control.json"
 
 
 def heatmap_width(height: int, width: int, vae_stride: int) -> float:

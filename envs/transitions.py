@@ -178,24 +178,6 @@ def gradient_scale(transition: Transition, sigma: Tensor, sigma_next: Tensor) ->
     return slope.abs() / std
 
 
-def check_stochastic(transition: Transition, sigma: Tensor, stochastic: Tensor) -> None:
-    """Refuse stochastic steps that the kernel cannot randomise or that would leave noise in a finished frame.
-
-    Args:
-        sigma: `[..., N+1]` noise table.
-        stochastic: `[..., N]` bool.
-
-    Raises:
-        ValueError: the kernel is deterministic, or a stochastic step ends at sigma' = 0.
-    """
-    if not transition.learnable and bool(stochastic.any()):
-        raise ValueError(
-            f"transition {transition.name} has no stochastic steps: choose schedule=none or another kernel"
-        )
-    if bool((stochastic & (sigma[..., 1:] <= 0)).any()):
-        raise ValueError("a step that ends at sigma 0 cannot be stochastic: leave the last step to the ODE")
-
-
 def _sde_moments(
     x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, rate: Tensor | float
 ) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """Measure a policy on held-out clips: `python experiments/evaluate.py checkpoint=<run folder>/checkpoints/step_000060`.
 
+Model, adaptation, world and rollout are those of the checkpoint's run where the command line does not name others.
 Without a checkpoint the model's own weights are measured. Any setting may be changed, such as
 `evaluation.split=hard`, or `model.transformer=teacher rollout.sigmas=...` for the many-step model.
 """
@@ -10,7 +11,7 @@ import json
 from pathlib import Path
 
 from runtime.cli import main, setup_phase
-from runtime.config import Plan
+from runtime.config import Plan, as_trained
 
 
 def run(plan: Plan) -> None:
@@ -45,4 +46,4 @@ def run(plan: Plan) -> None:
 
 
 if __name__ == "__main__":
-    main("evaluate", run)
+    main("evaluate", run, as_trained)

@@ -1,7 +1,8 @@
 """Continue the student's supervised training and measure it: the control that tells learning from under-training.
 
 `python experiments/supervise.py updates=600 seed=0` runs the last stage of `algorithms/pretraining/flow.py` anew
-from the student, on clips that no stage has seen, and evaluates before and after exactly as `grpo.py` does.
+from the student, on clips that no stage has seen, and evaluates before and after exactly as `grpo.py` does. With
+`resume=true run_dir=...` an interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ def run(plan: Plan) -> None:
     settings = plan.settings
     with setup_phase():
         session = Session(settings, plan.config)
+    if session.iteration >= settings.updates:
+        print(f"done already: {session.run_dir / 'evaluation.json'}")
+        return
     before, _ = session.evaluate()
     networks = session.episodes.networks
     began = time.time()
@@ -35,14 +39,19 @@ def run(plan: Plan) -> None:
         encode_pool(settings.world, networks.video, networks.text, bucket, clips, first, stage.track_noise)
         for bucket in settings.world.buckets
     ]
-    student = train_few_step(pools, stage, networks.transformer, lambda line: print(line, flush=True))
+    state = session.run_dir / "training.pt"
+    session.run_dir.mkdir(parents=True, exist_ok=True)
+    if not settings.resume:
+        state.unlink(missing_ok=True)
+    student = train_few_step(pools, stage, networks.transformer, lambda line: print(line, flush=True), state)
     networks.transformer.load_state_dict(student.state_dict())
     seconds = time.time() - began
     after, _ = session.evaluate()
-    session.iteration = settings.updates
-    session.save()
     result = {"before": before, "after": after, "seconds": round(seconds), "updates": settings.updates}
     (session.run_dir / "evaluation.json").write_text(json.dumps(result, indent=1))
+    session.iteration = settings.updates
+    session.save()
+    state.unlink(missing_ok=True)
     print(
         f"held-out motion error {before['motion_error_px']:.3f} -> {after['motion_error_px']:.3f} px in {seconds:.0f} s"
     )

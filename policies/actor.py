@@ -35,15 +35,10 @@ class Actor(TensorDictModuleBase):
         transformer: the network.
         transition: the kernel of stochastic steps.
         causality: what a frame sees.
-
-    Raises:
-        ValueError: `causality.chunk` is not 1; the environment steps frame by frame.
     """
 
     def __init__(self, transformer: nn.Module, transition: Transition, causality: Causality) -> None:
         super().__init__()
-        if causality.chunk != 1:
-            raise ValueError(f"the actor denoises frame by frame; set causality.chunk=1, got {causality.chunk}")
         self.transformer = transformer
         self.transition = transition
         self.causality = causality
@@ -75,7 +70,14 @@ class Actor(TensorDictModuleBase):
         """Velocity `[B,C,h,w]` of frame m at step n, float32; keeps the cache in step with the state.
 
         At the first step of a frame, the frame before it enters the cache in the same pass.
+
+        Raises:
+            ValueError: `causality.chunk` is not 1; scoring takes any, acting one frame at a time.
         """
+        if self.causality.chunk != 1:
+            raise ValueError(
+                f"the actor takes one frame at a time; chunks of {self.causality.chunk} are for generate()"
+            )
         if m == n == 0 or not self._remembers(state, m):
             self.reset()
             self._episode = (state["key"], state["text"])
@@ -141,7 +143,7 @@ class Actor(TensorDictModuleBase):
 def evaluate(
     transformer: nn.Module, transition: Transition, causality: Causality, rollout: TensorDictBase
 ) -> TensorDict:
-    """Log-probs of a rollout's stochastic steps; pass k scores the k-th of every frame at once.
+    """Log-probs of a rollout's stochastic steps; pass k scores the k-th of every chunk at once.
 
     Equal to what acting gave, up to rounding (AR-Drag Eq. 13-14 need both). Gradient flows to the weights
     through the denoised frames, and through the history where `causality.history_gradient` says so.
@@ -155,14 +157,16 @@ def evaluate(
     latents, condition = rollout["latents"], rollout["condition"]
     sigma, chosen = rollout["sigma"].float(), rollout["stochastic"]
     clean = torch.cat([latents[:, :, -1], condition], 2)
-    rank = chosen.cumsum(-1)
+    # Frames of a chunk see each other: all of them stand where any of them is scored.
+    moving = torch.cat([part.any(1, keepdim=True).expand_as(part) for part in chosen.split(causality.chunk, 1)], 1)
+    rank = moving.cumsum(-1)
     total = {
         "log_prob": sigma.new_zeros(chosen.shape),
         "mean": sigma.new_zeros((*chosen.shape, *latents.shape[3:])),
         "std": sigma.new_zeros(chosen.shape),
     }
     for k in range(int(rank.max())):
-        hot = chosen & (rank == k + 1)
+        hot = moving & (rank == k + 1)
         # Where a frame has fewer stochastic steps this is 0, and `hot` masks the result.
         step = hot.int().argmax(-1, keepdim=True)
         x, action = _at(latents, step), _at(latents, step + 1)
@@ -178,7 +182,7 @@ def evaluate(
         )
         now, later = now[..., None, None], later[..., None, None]
         for name, score in _scores(transition, x.float(), v.float(), now, later, action).items():
-            total[name] = total[name] + _where(hot, score.unsqueeze(2))
+            total[name] = total[name] + _where(hot & chosen, score.unsqueeze(2))
     return TensorDict(total, batch_size=rollout.batch_size)
 
 

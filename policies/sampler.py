@@ -1,14 +1,16 @@
-"""Whole clips from the causal transformer, chunk by chunk from a bounded cache: what evaluation and distillation share.
+"""Whole clips from the causal transformer, chunk by chunk from a bounded cache.
 
-For chunks of one frame it gives what the `Actor` gives, from the same passes and the same draws.
+For chunks of one frame it gives what the `Actor` gives, from the same passes and the same draws; larger chunks, whose
+frames move together, are beyond an environment that takes one frame at a time.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
 from data import draws
@@ -55,6 +57,18 @@ def act(
     return action, scores
 
 
+class Chain(NamedTuple):
+    """Every step of a generated clip.
+
+    Attributes:
+        latents: `[B, M, N+1, C, h, w]`: the noise, the latent after each step, and last the finished frame.
+        log_prob: `[B, M, N]`, 0 where the step was deterministic.
+    """
+
+    latents: Tensor
+    log_prob: Tensor
+
+
 @torch.no_grad()
 def generate(
     transformer: nn.Module,
@@ -62,7 +76,8 @@ def generate(
     causality: Causality,
     state: TensorDictBase,
     collapse: Tensor | None = None,
-) -> Tensor:
+    on_step: Callable[[int, int], None] = lambda frame, frames: None,
+) -> Chain:
     """Generate the clips of an episode's start.
 
     Args:
@@ -72,14 +87,13 @@ def generate(
         state: see `envs.ar_video.start`.
         collapse: `[B, M]`, the step at which a frame ends with its x0 prediction (Self-Forcing); None: every frame goes
             on to noise level 0.
-
-    Returns:
-        `[B, M, N+1, C, h, w]`: the noise, the latent after every step, and last the finished frame.
+        on_step: called with (frame, number of frames) when a step of a chunk is done.
     """
     sigma, keys = state["sigma"], state["key"].tolist()
     frames, steps = state["stochastic"].shape[1:]
     last = steps if collapse is None else int(collapse.max()) + 1
     chain = state["latents"].unsqueeze(2).repeat(1, 1, steps + 1, 1, 1, 1)
+    log_prob = sigma.new_zeros(len(sigma), frames, steps)
     cache = KVCache(causality)
     for first in range(0, frames, causality.chunk):
         chunk = range(first, min(first + causality.chunk, frames))
@@ -88,13 +102,30 @@ def generate(
             for i, m in enumerate(chunk):
                 now, later, chosen = sigma[:, m, n], sigma[:, m, n + 1], state["stochastic"][:, m, n]
                 x = chain[:, m, n]
-                action, _ = act(transition, x, v[:, i], now, later, chosen, [(*key, m, n) for key in keys])
+                action, log_prob[:, m, n] = act(
+                    transition, x, v[:, i], now, later, chosen, [(*key, m, n) for key in keys]
+                )
                 if collapse is not None:
                     x0 = x - now[:, None, None, None] * v[:, i]
                     exits = collapse[:, m, None, None, None]
                     action = torch.where(exits == n, x0, torch.where(exits < n, x, action))
                 chain[:, m, n + 1 :] = action.unsqueeze(1)
-    return chain
+            on_step(chunk.start, frames)
+    return Chain(chain, log_prob)
+
+
+def sample_rollout(
+    transformer: nn.Module,
+    transition: Transition,
+    causality: Causality,
+    state: TensorDictBase,
+    on_step: Callable[[int, int], None] = lambda frame, frames: None,
+) -> TensorDict:
+    """Act from an episode's start to its end; returns what `envs.rollout.RolloutCollector` does, without reward."""
+    chain = generate(transformer, transition, causality, state, on_step=on_step)
+    values = {key: state[key] for key in ("stochastic", "sigma", "condition", "text", "key")}
+    values |= {"latents": chain.latents, "log_prob": chain.log_prob, "prompt_id": state["key"][:, 2]}
+    return TensorDict(values, batch_size=state.batch_size, device=state.device)
 
 
 def _velocity(

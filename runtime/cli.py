@@ -14,7 +14,7 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,13 +49,18 @@ def setup_phase() -> Iterator[None]:
         raise SetupError(one_line(str(error))) from error
 
 
-def main(config_name: str, run: Callable[[Plan], None]) -> None:
+Prepare = Callable[[DictConfig, Sequence[str]], DictConfig]
+"""Changes a composed config before it is checked, knowing the overrides of the command line."""
+
+
+def main(config_name: str, run: Callable[[Plan], None], prepare: Prepare = lambda cfg, overrides: cfg) -> None:
     """Run an experiment from `sys.argv` and exit.
 
     Args:
         config_name: primary config in `conf/`.
         run: the experiment; imports what is heavy inside. `plan.settings.run_dir` is set; the folder is not
             made yet.
+        prepare: see `Prepare`.
     """
     options, overrides = _arguments()
     if options.config_dir is not None:
@@ -64,7 +69,7 @@ def main(config_name: str, run: Callable[[Plan], None]) -> None:
     outcome = _Outcome(wanted=_wants_traceback())
     if options.help:
         sys.exit(outcome.guard(lambda: print(explain(config_name, overrides, options.config_dir))))
-    job = _Job(config_name, run, outcome)
+    job = _Job(config_name, run, outcome, prepare)
     compose_and_run = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job.task)
     with _raw_errors():
         code = outcome.guard(compose_and_run, known=lambda: known_keys(config_name, options.config_dir))
@@ -110,6 +115,7 @@ class _Job:
     config_name: str
     run: Callable[[Plan], None]
     outcome: _Outcome
+    prepare: Prepare
 
     @property
     def task(self) -> Callable[[DictConfig], None]:
@@ -120,7 +126,7 @@ class _Job:
             try:
                 with setup_phase():
                     cfg.run_dir = self._folder(cfg)
-                    plan = validate(cfg)
+                    plan = validate(self.prepare(cfg, HydraConfig.get().overrides.task))
                 self.run(plan)
             except SetupError as error:
                 code = self.outcome.report(f"{cell}{error}", REFUSED)

@@ -4,6 +4,7 @@ torch."""
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,10 @@ from runtime.identity import differences, flatten
 from runtime.settings import Settings
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
+
+# What a checkpoint's config decides for whoever measures it.
+TRAINED = ("model", "adaptation", "world", "rollout")
+FOLLOWS = "${pixel_frames:${rollout.frames}}"
 
 # latent frames -> pixel frames, for conf/world/*.yaml
 OmegaConf.register_new_resolver("pixel_frames", rules.pixel_frames, replace=True)
@@ -48,8 +53,29 @@ def validate(cfg: DictConfig) -> Plan:
     rules.check(settings)
     if settings.checkpoint is not None:
         _same_model(Path(settings.checkpoint), config)
-    settings.model.check()
+    settings.model.check(settings.rollout.frames)
     return Plan(settings, config)
+
+
+def as_trained(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """Fill in how the policy of `cfg.checkpoint` was trained, wherever `overrides` do not say otherwise.
+
+    Raises:
+        FileNotFoundError, ValueError: the checkpoint cannot be read.
+    """
+    if not isinstance(cfg.checkpoint, str):
+        return cfg
+    saved = read_state(Path(cfg.checkpoint))["config"]
+    if "frames" in saved.get("world", {}):
+        saved["world"]["frames"] = FOLLOWS
+    named = {text.lstrip("+~").partition("=")[0] for text in overrides}
+    for group in TRAINED:
+        if group in saved and group not in named:
+            own = {key: OmegaConf.select(cfg, key) for key in named if key.startswith(f"{group}.")}
+            OmegaConf.update(cfg, group, saved[group], merge=False)
+            for key, value in own.items():
+                OmegaConf.update(cfg, key, value, force_add=True)
+    return cfg
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:

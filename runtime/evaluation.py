@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,7 +56,13 @@ class Sample:
     tracks: Tracks
 
 
-def sample(actor: Actor, episodes: Episodes, clips: list[ClipBatch], judge: Judge) -> list[Sample]:
+def sample(
+    actor: Actor,
+    episodes: Episodes,
+    clips: list[ClipBatch],
+    judge: Judge,
+    on_step: Callable[[int, int], None] = lambda frame, frames: None,
+) -> list[Sample]:
     """Generate a video for each clip and follow its touched points; `episodes` decides steps and schedule."""
     found, first = [], 0
     for batch in clips:
@@ -63,8 +70,8 @@ def sample(actor: Actor, episodes: Episodes, clips: list[ClipBatch], judge: Judg
         for begin in range(0, len(batch), BATCH):
             part = batch.select(range(begin, min(begin + BATCH, len(batch))))
             state, _ = episodes.begin(part, 1, EVALUATION_SEED, 0, first_prompt=first + begin)
-            chain = generate(actor.transformer, actor.transition, actor.causality, state)
-            videos.append(episodes.networks.video.decode(chain[:, :, -1]).cpu())
+            chain = generate(actor.transformer, actor.transition, actor.causality, state, on_step=on_step)
+            videos.append(episodes.networks.video.decode(chain.latents[:, :, -1]).cpu())
         first += len(batch)
         found.append(follow(torch.cat(videos), batch, judge))
     return found

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from envs.control import MODES, NOTE
 
 if TYPE_CHECKING:
     from runtime.networks import Networks
@@ -31,8 +34,8 @@ class Pretrained:
     text_length: int = 32
 
     def __post_init__(self) -> None:
-        if self.control not in ("presence", "grayscale"):
-            raise ValueError(f"model.control must be presence or grayscale, got {self.control!r}")
+        if self.control not in MODES:
+            raise ValueError(f"model.control must be {' or '.join(MODES)}, got {self.control!r}")
         if self.text_length < 1:
             raise ValueError(f"model.text_length must be at least 1, got {self.text_length}")
 
@@ -42,17 +45,33 @@ class Pretrained:
         here = Path(self.path).expanduser()
         return (here if here.exists() else ROOT / here).resolve()
 
-    def check(self) -> None:
-        """Look whether the networks are there, without loading them.
+    def check(self, frames: int = 1) -> None:
+        """Look whether the networks are there and fit the settings, without loading them.
+
+        Args:
+            frames: latent frames of the longest clip.
 
         Raises:
             FileNotFoundError: a part is missing.
+            ValueError: the model was trained on another control, or cannot make clips of this length.
         """
         for part in (self.transformer, "vae", "text_encoder"):
             if not (self.folder / part / "config.json").is_file():
                 raise FileNotFoundError(
                     f"model.path={self.path}: {self.folder / part} has no config.json; train it with `make tiny`"
                 )
+        longest = json.loads((self.folder / self.transformer / "config.json").read_text()).get("rope_max_seq_len")
+        if longest is not None and frames > longest:
+            raise ValueError(
+                f"rollout.frames={frames}: the rotary table of {self.path}/{self.transformer} has {longest} frames; "
+                f"use at most that many"
+            )
+        note = self.folder / NOTE
+        trained = json.loads(note.read_text())["control"] if note.is_file() else self.control
+        if trained != self.control:
+            raise ValueError(
+                f"model.control={self.control}, but {self.path} was trained on {trained}; set model.control={trained}"
+            )
 
     def load(self, device: str) -> Networks:
         """Load all parts, frozen, in evaluation mode.

@@ -23,7 +23,7 @@ def check(settings: Settings) -> None:
         ValueError: settings that contradict each other.
         FileNotFoundError: a file or folder that does not exist.
     """
-    for rule in (groups, minibatches, stochasticity, trackers, frames, clips, run_folder):
+    for rule in (groups, minibatches, stochasticity, trackers, scorers, frames, clips, run_folder):
         rule(settings)
 
 
@@ -85,6 +85,16 @@ def trackers(settings: Settings) -> None:
         f"tracker and evaluation.tracker are both {_name(settings.tracker)}; the "
         f"one that evaluates must not be the one that "
         f"rewards: change one, such as tracker=ncc tracker@evaluation.tracker=lucas_kanade",
+    )
+
+
+def scorers(settings: Settings) -> None:
+    """Likewise for the tower that judges looks."""
+    judge = settings.evaluation.scorer
+    require(
+        all(getattr(term, "model", None) != judge for term in settings.reward.values()),
+        f"evaluation.scorer={judge} is the model of a reward; the one that evaluates must not be the one that rewards: "
+        f"change one, such as evaluation.scorer=aesthetic_eval",
     )
 
 

@@ -19,6 +19,7 @@ from policies.actor import Actor
 from policies.adapters import ReferencePolicy
 from policies.causality import Causality
 from policies.ema import EMA
+from policies.sampler import sample_rollout
 from rewards.base import RewardContext
 from rewards.composite import Composite, metrics_of
 from runtime import checkpoint
@@ -64,7 +65,9 @@ class Session:
         )
         self.collector = RolloutCollector(self.actor, self._next_start)
         self.on_step: Callable[[int, int], None] = lambda frame, frames: None
-        self.actor.register_forward_hook(lambda actor, args, state: self._acted(args[0]))
+        self.actor.register_forward_hook(
+            lambda actor, args, state: self._report(int(args[0]["frame"][0]), settings.rollout.frames)
+        )
         self.judge = Judge(settings.evaluation.tracker, settings.evaluation.scorer, settings.model.folder, self.device)
         clips = fixed_clips(settings.world, settings.evaluation.split, settings.evaluation.clips)
         self.truth = [follow(batch.video, batch, self.judge) for batch in clips]
@@ -75,6 +78,10 @@ class Session:
 
     def rollout(self) -> TensorDictBase:
         """Act: one rollout of this iteration's clips."""
+        if self.actor.causality.chunk > 1:  # an environment takes one frame at a time
+            actor = self.actor
+            start = self._next_start()
+            return sample_rollout(actor.transformer, actor.transition, actor.causality, start, self._report)
         self.actor.reset()
         return self.collector.collect()
 
@@ -91,10 +98,14 @@ class Session:
         named = {f"reward_terms/{k}" if k in terms else k: v for k, v in metrics_of(terms).items()}
         valid = rollout["valid"]
         reward = float(rollout["reward"][valid].mean()) if bool(valid.any()) else float("nan")
-        return {"reward": reward, **named, **metrics}
+        share = rollout["stochastic"].float().mean((0, 1)).tolist()
+        chosen = {f"stochastic/step_{n}": value for n, value in enumerate(share)}
+        return {"reward": reward, **named, **metrics, **chosen}
 
     def update(self, rollout: TensorDictBase) -> dict[str, float]:
         """Learn from a scored rollout; return means over its mini-batches.
+
+        A mini-batch in which no group is valid is left out; an update of such mini-batches alone returns nothing.
 
         Raises:
             RuntimeError: re-scored log-probs differ from those of acting by more than rounding on the first mini-batch.
@@ -105,6 +116,8 @@ class Session:
             group["lr"] = self.settings.optimizer.rate(self.iteration, self.settings.updates)
         for epoch in range(algorithm.epochs):
             for indices in self._minibatches(epoch):
+                if not rollout["mask"][indices].any():
+                    continue  # a step without gradient would still move the weights: AdamW has momentum
                 losses = self.loss_module(rollout[indices])
                 if not rows:
                     self._check_gap(float(losses["log_prob_gap"]))
@@ -114,6 +127,8 @@ class Session:
         if self.ema is not None:
             self.ema.update()
         self.iteration += 1
+        if not rows:
+            return {}
         means = {k: sum(row[k] for row in rows) / len(rows) for k in rows[0]}
         # After the first mini-batch the weights have moved: only the first gap is rounding.
         return {**means, "log_prob_gap": rows[0]["log_prob_gap"]}
@@ -123,10 +138,10 @@ class Session:
         episodes = replace(self.episodes, schedule=Deterministic())
         clips = [s.clips for s in self.truth]
         if self.ema is None:
-            samples = sample(self.actor, episodes, clips, self.judge)
+            samples = sample(self.actor, episodes, clips, self.judge, self._report)
         else:
             with self.ema.swap():
-                samples = sample(self.actor, episodes, clips, self.judge)
+                samples = sample(self.actor, episodes, clips, self.judge, self._report)
         return measure(samples, self.truth, self.judge), samples
 
     def save(self) -> Path:
@@ -146,8 +161,8 @@ class Session:
         if self.device.startswith("cuda"):
             torch.cuda.synchronize(self.device)
 
-    def _acted(self, state: TensorDictBase) -> None:
-        self.on_step(int(state["frame"][0]), state["stochastic"].shape[1])
+    def _report(self, frame: int, frames: int) -> None:
+        self.on_step(frame, frames)
 
     def _next_start(self) -> TensorDictBase:
         state, self._clips = self.episodes.training(self.settings.seed, self.iteration)
@@ -214,10 +229,22 @@ def _copy(weights: dict[str, Tensor], network: nn.Module) -> None:
             f"the checkpoint has weights of adapters ({odd[0]} and {len(odd) - 1} more); use its adaptation"
         )
     for name, value in weights.items():
+        if value.shape != own[name].shape:
+            shapes = f"{tuple(value.shape)} and not {tuple(own[name].shape)}"
+            raise ValueError(f"the checkpoint's {name} is {shapes}; use its model and adaptation")
         own[name].copy_(value)
 
 
 def _device(name: str) -> str:
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """The device by its name.
+
+    Raises:
+        ValueError: this machine has no such device.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = name.partition(":")
+    here = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[kind]
+    if int(index or 0) >= here:
+        raise ValueError(f"device={name}: this machine has {here} {kind} devices; use device=auto")
+    return name

@@ -42,11 +42,11 @@ class Rollout:
         prompts: number of different clips (image, text, dragged path) per update.
         group_size: samples of each clip; a group shares its clip and its schedule.
         frames: latent frames per sample; m latent frames are 4 (m - 1) + 1 pixel frames.
-        sigmas: noise levels of the denoising steps, strictly decreasing from at most 1 to 0.
+        sigmas: noise levels of the denoising steps, strictly decreasing from 1 (what a frame starts from is noise) to 0.
         share_initial_noise: all samples of a group start from the same noise.
         window: finished latent frames that a frame can see (the paper's "cache").
         sink: first latent frames that are always seen.
-        chunk: latent frames denoised together.
+        chunk: latent frames denoised together; they see each other at their own noise level.
         history_gradient: let keys and values of finished frames carry gradient when a rollout is re-scored.
     """
 
@@ -67,8 +67,8 @@ class Rollout:
         s = self.sigmas
         falling = all(a > b for a, b in itertools.pairwise(s))
         require(
-            len(s) >= 2 and falling and 0 < s[0] <= 1 and s[-1] == 0,
-            f"rollout.sigmas must fall strictly from at most 1 to 0, such as [1.0,0.755,0.522,0.0]; got {s}",
+            len(s) >= 2 and falling and s[0] == 1 and s[-1] == 0,
+            f"rollout.sigmas must fall strictly from 1 to 0, such as [1.0,0.755,0.522,0.0]; got {s}",
         )
         require(
             self.frames % self.chunk == 0,
@@ -154,7 +154,8 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         _at_least(self, "evaluation", 0, "every")
-        _at_least(self, "evaluation", 1, "clips")
+        # A Frechet distance needs a covariance.
+        _at_least(self, "evaluation", 2, "clips")
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ class Settings:
     """One experiment.
 
     Attributes:
-        seed: non-negative; together with the weights it fixes every draw of the run.
+        seed: 0 .. 2^63 - 1; together with the weights it fixes every draw of the run.
         device: torch device such as `cpu` or `cuda`; `auto` takes the GPU where there is one.
         run_dir: folder of this run; none: `outputs/<experiment>/<date>_<time>`.
         resume: go on from the newest complete checkpoint in run_dir (or from the start where there is none).
@@ -225,7 +226,7 @@ class Settings:
     logger: Component
 
     def __post_init__(self) -> None:
-        require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
+        require(0 <= self.seed < 2**63, f"seed must lie in 0 .. 2^63 - 1, got {self.seed}")
         require(
             re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device) is not None,
             f"device must be auto, cpu, mps, cuda or cuda:<number>, got {self.device!r}",

@@ -237,8 +237,8 @@ def test_the_network_may_be_wrapped() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(ValueError, match=r"causality\.chunk=1, got 3"):
-        Actor(network(), CPS(), Causality(chunk=3))
+    with pytest.raises(ValueError, match="chunks of 3 are for generate"):
+        Actor(network(), CPS(), Causality(chunk=3))(episode())
     state = episode()
     state["step"] = torch.tensor([[0], [1], [0], [0]])
     with pytest.raises(ValueError, match="same \\(frame, step\\)"):

@@ -180,9 +180,10 @@ def test_a_frame_sees_exactly_what_the_rule_says(rule: Causality) -> None:
             assert changed.tolist() == expected
 
 
+@pytest.mark.parametrize("tokens", [6, 128])
 @pytest.mark.parametrize("rule", RULES, ids=str)
-def test_flex_and_dense_masks_are_one_predicate(rule: Causality) -> None:
-    cpu, tokens = torch.device("cpu"), 6
+def test_flex_and_dense_masks_are_one_predicate(rule: Causality, tokens: int) -> None:
+    cpu = torch.device("cpu")
     queries = frames_of(NOISY, range(FRAMES))
     keys = frames_of(CLEAN, range(FRAMES - 1)) + queries
     dense = dense_mask(rule, queries, keys, tokens, cpu)

@@ -20,7 +20,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    monkeypatch.setattr(Pretrained, "check", lambda self: None)
+    monkeypatch.setattr(Pretrained, "check", lambda self, frames: None)
     monkeypatch.chdir(tmp_path)
     for name in ("ARDRAG_TRACEBACK", "HYDRA_FULL_ERROR"):
         monkeypatch.delenv(name, raising=False)
@@ -115,7 +115,7 @@ def test_a_sweep_reports_what_is_refused_and_goes_on(command: Run) -> None:
     assert [line.split()[-1] for line in out.splitlines()] == ["1", "1", "2", "2"]
     folders = [line.split()[1] for line in out.splitlines()]
     assert folders == ["cells/0", "cells/1", "cells/4", "cells/5"]
-    assert err.count("seed must not be negative") == 2 and "2 of 6 runs" in err
+    assert err.count("seed must lie in") == 2 and "2 of 6 runs" in err
 
 
 def test_help_explains_choices_and_fields(command: Run) -> None:

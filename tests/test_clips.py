@@ -292,3 +292,21 @@ def test_real_clips() -> None:
     error = (found.xy - batch.trajectory.xy).norm(dim=-1)
     assert error[batch.trajectory.presence].median() < 0.5  # another tracker agrees on where the points go
     assert (batch.trajectory.xy - batch.trajectory.xy[:, :, :1]).norm(dim=-1).amax(-1).min() > 1
+
+
+def test_windows_in_which_no_track_begins_are_no_samples(tmp_path: Path) -> None:
+    """A track may end long before its clip: windows after that would ask for nothing."""
+    frame_folder(tmp_path, "a", pixels(PATH, seed=1))
+    frame_folder(tmp_path, "b", pixels(PATH, seed=2))
+    given = track_of(PATH, (32, 32))
+    short = given.presence.clone()
+    short[:, 8:] = False
+    write_trajectory(tmp_path / "b.npz", Trajectory(given.xy, given.intensity, short, 32, 32, 8.0))
+    world = Clips(str(tmp_path), frames=9, sizes=["32x32"], window_step=2, points=1)
+    for split in ("train", "heldout"):
+        clips = world.batch(split, range(world.size(split)), (32, 32))
+        for presence, name in zip(clips.trajectory.presence, clips.names, strict=True):
+            assert bool(presence[:, 0].any() & presence[:, 1:].any()), name
+    found = [n for s in ("train", "heldout") for n in world.batch(s, range(world.size(s)), (32, 32)).names]
+    # Clip b: windows at 0, 2, 4 and 6; at 8 and later the track is over.
+    assert sorted(int(name.split("/")[-2]) for name in found if "/b/" in name) == [0, 2, 4, 6]

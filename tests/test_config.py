@@ -56,7 +56,7 @@ def hydra_tree() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def no_files(monkeypatch: pytest.MonkeyPatch) -> None:
     # whether the embedded weights are there is not a question about configuration
-    monkeypatch.setattr(Pretrained, "check", lambda self: None)
+    monkeypatch.setattr(Pretrained, "check", lambda self, frames: None)
 
 
 def checked(*overrides: str) -> Plan:
@@ -295,7 +295,7 @@ import sys, time
 from hydra import compose, initialize_config_dir
 from runtime.config import CONF, validate
 from runtime.models import Pretrained
-Pretrained.check = lambda self: None
+Pretrained.check = lambda self, frames: None
 with initialize_config_dir(str(CONF), version_base="1.3"):
     validate(compose("grpo"))
     assert time.process_time() < 1, time.process_time()

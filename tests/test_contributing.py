@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -14,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = """
 from runtime.cli import main
 from runtime.models import Pretrained
-Pretrained.check = lambda self: None
+Pretrained.check = lambda self, frames: None
 main("grpo", lambda plan: print(plan.settings.reward))
 """
 
@@ -50,6 +51,19 @@ def test_a_reward_in_a_scratch_folder_works_from_the_command_line(folder: Path) 
 
     shown = experiment(folder, "--help", "reward=redness")
     assert "reward=redness" in shown.stdout and "factor of the difference" in shown.stdout
+
+
+def test_a_run_is_rewarded_by_it(folder: Path, tmp_path: Path) -> None:
+    if not (ROOT / "assets" / "tiny" / "transformer").is_dir():
+        pytest.skip("the embedded model is not there")
+    script = [sys.executable, "experiments/grpo.py", "--config-dir", str(folder), f"run_dir={tmp_path / 'run'}"]
+    done = subprocess.run(
+        [*script, "reward=0.5*redness", "+debug=smoke", "world.sizes=[32x32]"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    update = next(row for row in rows if "reward" in row)
+    assert update["reward"] == pytest.approx(0.5 * update["reward_terms/redness"]) and update["grad_norm"] > 0
 
 
 def test_the_reward_shown_is_right(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

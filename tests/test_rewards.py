@@ -123,19 +123,19 @@ class TestMotion:
 class TestCheats:
     """What a policy could do instead of moving the object; a mover half a pixel off must beat each."""
 
-    def value(self, video: Tensor, support: int) -> float:
-        reward = Motion(profile="train", support=support)
+    def value(self, video: Tensor, support: int, profile: str) -> float:
+        reward = Motion(profile=profile, support=support)
         reward.prepare(RewardContext("cpu", NCC(), Path("assets")))
         return float(reward.score(video[None], asking(PATH)).value[:, 1:].mean())
 
+    @pytest.mark.parametrize("profile", ["paper", "train"])
     @pytest.mark.parametrize("support", [0, 4])
     @pytest.mark.parametrize("seed", range(4))
-    def test_honest_mover_wins(self, seed: int, support: int) -> None:
+    def test_honest_mover_wins(self, seed: int, support: int, profile: str) -> None:
         still = PATH[:1].expand_as(PATH)
         frozen = render(still, seed=seed)
-        honest = self.value(
-            render(PATH + torch.tensor([0.5, 0.0]) * (torch.arange(17) > 0)[:, None], seed=seed), support
-        )
+        off = torch.tensor([0.5, 0.0]) * (torch.arange(17) > 0)[:, None]
+        honest = self.value(render(PATH + off, seed=seed), support, profile)
 
         dot = frozen.clone()  # paints the control's heatmap instead of moving the object
         y, x = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
@@ -150,7 +150,7 @@ class TestCheats:
             destroyed[:, t][disc] = 0.2
 
         cheats = {"static": frozen, "dot": dot, "teleport": render(jump, seed=seed), "destroyed": destroyed}
-        scores = {name: self.value(video, support) for name, video in cheats.items()}
+        scores = {name: self.value(video, support, profile) for name, video in cheats.items()}
         assert honest > 4
         assert all(score < honest - 0.5 for score in scores.values()), scores
 

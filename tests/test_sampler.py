@@ -11,10 +11,10 @@ from torch import Tensor
 
 from envs.ar_video import start, step
 from envs.transitions import CPS, ODE, ode_mean
-from policies.actor import Actor
+from policies.actor import Actor, evaluate
 from policies.causal_dit import CausalWanTransformer3DModel
 from policies.causality import Causality
-from policies.sampler import generate
+from policies.sampler import generate, sample_rollout
 
 BATCH, FRAMES, LATENT = 3, 7, (3, 4, 6)
 TABLE = torch.tensor([1.0, 0.755, 0.522, 0.0])
@@ -52,7 +52,7 @@ def episode(stochastic: list[bool]) -> TensorDict:
 
 def test_chunks_of_one_are_what_the_actor_makes(network: CausalWanTransformer3DModel) -> None:
     rule, state = Causality(window=2, sink=1), episode([True, False, False])
-    chain = generate(network, CPS(0.7), rule, state)
+    chain = generate(network, CPS(0.7), rule, state).latents
     actor = Actor(network, CPS(0.7), rule)
     for m in range(FRAMES):
         for n in range(3):
@@ -69,7 +69,7 @@ def test_chunks_of_three_are_the_parallel_pass_step_by_step(
     network: CausalWanTransformer3DModel, rule: Causality
 ) -> None:
     state = episode([False] * 3)
-    chain = generate(network, ODE(), rule, state)
+    chain = generate(network, ODE(), rule, state).latents
     finished, condition = chain[:, :, -1], state["condition"]
     clean = torch.cat([finished, condition], 2)
     x = state["latents"]
@@ -81,12 +81,37 @@ def test_chunks_of_three_are_the_parallel_pass_step_by_step(
             torch.testing.assert_close(x, chain[:, :, n + 1], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("size", [(4, 6), (16, 32)], ids=["6 tokens", "128 tokens"])
+@pytest.mark.parametrize(
+    "rule", [Causality(chunk=3, window=3), Causality(chunk=3, window=4, sink=2), Causality(window=2, sink=1)], ids=str
+)
+def test_log_probs_of_acting_and_of_rescoring_agree_for_any_chunk(
+    network: CausalWanTransformer3DModel, rule: Causality, size: tuple[int, int]
+) -> None:
+    draw = torch.Generator().manual_seed(2)
+    mask = torch.rand(BATCH, FRAMES, 3, generator=draw) < 0.5
+    mask[..., -1] = False
+    state = start(
+        condition=torch.randn(BATCH, FRAMES, 4, *size, generator=draw),
+        text=torch.randn(BATCH, 5, 12, generator=draw),
+        sigma_table=TABLE,
+        stochastic=mask,
+        key=torch.tensor([[3, 0, b, 0] for b in range(BATCH)]),
+        latent_shape=(3, *size),
+    )
+    rollout = sample_rollout(network, CPS(0.7), rule, state)
+    assert torch.equal(rollout["log_prob"] != 0, mask)
+    with torch.no_grad():
+        scores = evaluate(network, CPS(0.7), rule, rollout)
+    torch.testing.assert_close(scores["log_prob"], rollout["log_prob"], atol=1e-5, rtol=0)
+
+
 def test_renoising_is_the_sampler_of_self_forcing(network: CausalWanTransformer3DModel) -> None:
     """Fresh noise on the x0 prediction at every step: `cps` with eta 1."""
     state = episode([True, True, False])
-    chain = generate(network, CPS(1.0), Causality(), state)
+    chain = generate(network, CPS(1.0), Causality(), state).latents
     clean = torch.cat([chain[:, :, -1], state["condition"]], 2)
-    others = generate(network, CPS(1.0), Causality(), state.clone().set("key", state["key"] + 1))
+    others = generate(network, CPS(1.0), Causality(), state.clone().set("key", state["key"] + 1)).latents
     with torch.no_grad():
         noisy = torch.cat([chain[:, :, 0], state["condition"]], 2)
         v = network.parallel(clean, noisy, torch.ones(BATCH, FRAMES), state["text"], causality=Causality())
@@ -99,7 +124,7 @@ def test_renoising_is_the_sampler_of_self_forcing(network: CausalWanTransformer3
 def test_collapse_ends_a_frame_with_its_prediction(network: CausalWanTransformer3DModel) -> None:
     state, rule = episode([True, True, False]), Causality(window=2)
     exits = torch.tensor([[0, 1, 2, 0, 1, 2, 0]] * (BATCH - 1) + [[2] * FRAMES])
-    chain = generate(network, CPS(1.0), rule, state, collapse=exits)
+    chain = generate(network, CPS(1.0), rule, state, collapse=exits).latents
     finished, condition = chain[:, :, -1], state["condition"]
     at = exits[..., None, None, None, None].expand(-1, -1, 1, *LATENT)
     x, sigma = chain.gather(2, at).squeeze(2), TABLE[exits]
@@ -109,7 +134,7 @@ def test_collapse_ends_a_frame_with_its_prediction(network: CausalWanTransformer
         )
     torch.testing.assert_close(finished, x - sigma[..., None, None, None] * v, atol=1e-5, rtol=0)
     # An exit at the last step is no collapse: the last step ends at level 0, on the prediction itself.
-    whole = generate(network, CPS(1.0), rule, state.select(*state.keys()))
+    whole = generate(network, CPS(1.0), rule, state).latents
     torch.testing.assert_close(finished[-1], whole[-1, :, -1], atol=1e-5, rtol=0)
 
 
@@ -120,6 +145,6 @@ def test_a_frame_does_not_depend_on_the_noise_of_later_ones(network: CausalWanTr
     for chunk, same in ((1, 5), (3, 3)):
         rule = replace(Causality(), chunk=chunk)
         ours, theirs = (
-            generate(network, ODE(), rule, s)[:, :, -1] for s in (state, state.clone().set("latents", other))
+            generate(network, ODE(), rule, s).latents[:, :, -1] for s in (state, state.clone().set("latents", other))
         )
         assert torch.equal(ours[:, :same], theirs[:, :same]) and not torch.equal(ours, theirs)

@@ -16,7 +16,7 @@ from algorithms.pretraining.towers import TowerStage, build_text, build_tokenize
 from algorithms.pretraining.vae import VAEStage, build_vae
 from data.sprites import vocabulary
 from experiments.train import run
-from runtime.config import CONF, Plan, validate
+from runtime.config import CONF, Plan, as_trained, validate
 from runtime.session import Session
 
 CLIPS = Path(__file__).resolve().parents[2] / "shared" / "data" / "clips"
@@ -82,20 +82,34 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(model: Path, tmp_
     assert len(updates[0]) == 3 and json.dumps(updates[0]) == json.dumps(updates[1])
 
 
-@pytest.mark.parametrize("adaptation", ["full", "attention", "lora"])
-def test_a_checkpoint_measures_as_its_run_did(model: Path, tmp_path: Path, adaptation: str) -> None:
-    made = [f"adaptation={adaptation}", "optimizer.ema=0.5"]
-    run(plan(model, tmp_path / "run", *made))
+def evaluated(run_dir: Path, *overrides: str) -> Session:
+    """What `python experiments/evaluate.py checkpoint=...` measures."""
+    given = [f"checkpoint={run_dir / 'checkpoints' / 'step_000001'}", "evaluation.clips=3", *overrides]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        made = validate(as_trained(compose("evaluate", [*given, f"run_dir={run_dir / 'measured'}"]), given))
+    return Session(made.settings, made.config)
+
+
+@pytest.mark.parametrize(
+    "options", [["adaptation=full"], ["adaptation=lora", "adaptation.rank=2"], ["rollout.chunk=3"]]
+)
+def test_a_checkpoint_measures_as_its_run_did(model: Path, tmp_path: Path, options: list[str]) -> None:
+    run(plan(model, tmp_path / "run", *options, "optimizer.ema=0.5", "rollout.window=1"))
     last = json.loads((tmp_path / "run" / "evaluation.json").read_text())["curve"][-1]
-    start = f"checkpoint={tmp_path / 'run' / 'checkpoints' / 'step_000001'}"
-    # Only adapters need to be told what they are.
-    again = plan(model, tmp_path / "again", start, *([made[0]] if adaptation == "lora" else []))
-    metrics, _ = Session(again.settings, again.config).evaluate()
+    metrics, _ = evaluated(tmp_path / "run").evaluate()
     assert metrics == {name: value for name, value in last.items() if name != "update"}
-    if adaptation == "lora":
-        plain = plan(model, tmp_path / "plain", start)
-        with pytest.raises(ValueError, match="use its adaptation"):
-            Session(plain.settings, plain.config)
+    # The command line has the last word.
+    other = evaluated(tmp_path / "run", "rollout.frames=6", "world=sprites", "world.sizes=[16x24]").truth[0].clips
+    assert other.video.shape[2:] == (21, 16, 24)
+
+
+def test_adapters_need_the_adaptation_that_made_them(model: Path, tmp_path: Path) -> None:
+    run(plan(model, tmp_path / "run", "adaptation=lora", "adaptation.rank=2"))
+    start = f"checkpoint={tmp_path / 'run' / 'checkpoints' / 'step_000001'}"
+    for options, words in ([], "use its adaptation"), (["adaptation=lora"], r"\(2, 24\) and not \(16, 24\)"):
+        made = plan(model, tmp_path / "other", start, *options)
+        with pytest.raises(ValueError, match=words):
+            Session(made.settings, made.config)
 
 
 def test_a_run_leaves_its_results(model: Path, tmp_path: Path) -> None:
@@ -127,15 +141,19 @@ def test_acting_and_rescoring_agree_and_the_run_stops_where_they_do_not(model: P
 
 
 def test_a_group_with_a_failed_reward_teaches_nothing(model: Path, tmp_path: Path) -> None:
-    made = plan(model, tmp_path / "run", "algorithm.kl_weight=0")
+    made = plan(model, tmp_path / "run", "algorithm.kl_weight=0", "updates=2")
     session = Session(made.settings, made.config)
+    rollout = session.rollout()
+    session.score(rollout, session.decode(rollout))
+    assert session.update(rollout)["grad_norm"] > 0
     rollout = session.rollout()
     video = session.decode(rollout)
     video[:] = float("nan")
     metrics = session.score(rollout, video)
     assert metrics["groups_dropped"] == 2 and not rollout["mask"].any()
-    before = [p.detach().clone() for p in session.parameters]
-    session.update(rollout)
+    # AdamW's momentum would move the weights without a gradient.
+    before = [p.clone() for p in session.parameters]
+    assert session.update(rollout) == {}
     assert all(torch.equal(a, b) for a, b in zip(before, session.parameters, strict=True))
 
 

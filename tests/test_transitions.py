@@ -14,7 +14,6 @@ from envs.transitions import (
     DanceSDE,
     FlowSDE,
     Transition,
-    check_stochastic,
     excess_noise,
     gaussian_kl,
     gradient_scale,
@@ -192,19 +191,6 @@ def test_noise_levels_broadcast_over_a_batch(kernel: Transition) -> None:
         one_mean, one_std = kernel.moments(x[n], v[n], BEFORE[n], AFTER[n])
         torch.testing.assert_close(mean[n], one_mean)
         torch.testing.assert_close(std[n].squeeze(), one_std)
-
-
-@pytest.mark.parametrize("kernel", STOCHASTIC)
-def test_a_stochastic_last_step_is_refused(kernel: Transition) -> None:
-    check_stochastic(kernel, TABLE, torch.tensor([True, True, False]))
-    with pytest.raises(ValueError, match="sigma 0 cannot be stochastic"):
-        check_stochastic(kernel, TABLE, torch.tensor([False, False, True]))
-
-
-def test_stochastic_steps_of_the_ode_are_refused() -> None:
-    check_stochastic(ODE(), TABLE, torch.zeros(3, dtype=torch.bool))
-    with pytest.raises(ValueError, match="transition ode has no stochastic steps"):
-        check_stochastic(ODE(), TABLE, torch.tensor([True, False, False]))
 
 
 @pytest.mark.parametrize("kind, eta", [(FlowSDE, 0.0), (DanceSDE, -1.0), (CPS, 1.5), (CPS, float("nan"))])

@@ -1,7 +1,7 @@
 """Losses of step 1 (AR-Drag section 3.2) as pure functions.
 
-Shapes: B samples, M latent frames, `[B, M, C, h, w]` latents. Each returns the scalar loss and what to log. Means are over everything
-but what `mask [B, M]` leaves out; None keeps every frame.
+Shapes: B samples, M latent frames, `[B, M, C, h, w]` latents. Each returns the scalar loss and what to log. Means are
+over everything but what `mask [B, M]` leaves out; None keeps every frame.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def flow_matching_loss(velocity: Tensor, x0: Tensor, eps: Tensor, mask: Tensor |
 
 
 def ode_regression_loss(x0: Tensor, target: Tensor, mask: Tensor | None = None) -> Loss:
-    """Mean squared error of a prediction against the end of the teacher's ODE from the same noise (CausVid, section 4.3)."""
+    """Mean squared error of a prediction against the end of the teacher's ODE from the same noise (CausVid, 4.3)."""
     loss = _mean((x0 - target.detach()).square(), mask)
     return loss, {"ode_regression": loss.detach()}
 
@@ -31,8 +31,8 @@ def consistency_loss(x0: Tensor, target: Tensor, huber: float = 0.0, mask: Tenso
     Args:
         x0: prediction from the noisier point.
         target: prediction from the cleaner point, by averaged weights; carries no gradient.
-        huber: 0 is the mean squared error; c > 0 is `sqrt(|d|^2 + c^2 D) - c sqrt(D)` of a frame's difference d of D
-            values, over sqrt(D) (pseudo-Huber, arXiv 2310.14189 Eq. 7).
+        huber: 0 is the mean squared error; c > 0 is `sqrt(mean d^2 + c^2) - c` of a frame's difference d (pseudo-Huber,
+            arXiv 2310.14189 Eq. 7, per latent value).
         mask: frames that count.
     """
     squared = (x0 - target.detach()).square()

@@ -28,6 +28,7 @@ from algorithms.pretraining.towers import TowerStage, train_towers
 from algorithms.pretraining.vae import VAEStage, train_vae
 from data.clip import World
 from data.sprites import vocabulary
+from envs.control import MODES, NOTE
 from policies.causal_dit import CausalWanTransformer3DModel
 from policies.codecs import TextCodec, VideoCodec
 
@@ -74,6 +75,7 @@ class Chain:
         text_dim = pools[0].text.shape[-1]
         model = build_transformer(stage, pools[0].latents.shape[2], text_dim)
         train_flow(pools, stage, model, self.report, to / STATE).save_pretrained(to / "teacher")
+        (self.out / NOTE).write_text(json.dumps({"control": MODES[0]}) + "\n")
 
     def _adapt(self, start: str, name: str, stage: FewStepStage, to: Path) -> None:
         model = CausalWanTransformer3DModel.from_pretrained(self.out / start, local_files_only=True)

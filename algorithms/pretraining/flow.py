@@ -200,7 +200,7 @@ def train_flow(
         sigma = stage.shift * u / (1 + (stage.shift - 1) * u)
         eps = torch.randn(x0.shape, generator=noise)
         velocity = predict(model, x0, noised(x0, eps, sigma), sigma, condition, text)
-        return flow_matching_loss(velocity, x0, eps)
+        return flow_matching_loss(velocity, x0, eps)[0], {}
 
     optimise(model.parameters(), Fit(stage.steps, stage.lr), loss_of, "flow", report, ema, matrices(model), state)
     return _averaged(model, ema)
@@ -214,7 +214,7 @@ def own_frames(
     key = torch.tensor([[seed, 0, row, 0] for row in range(batch)])
     shape = (channels, *condition.shape[3:])
     begin = start(condition, text, torch.tensor(sigmas), torch.zeros(1, dtype=torch.bool), key, shape)
-    return generate(model, ODE(), Causality(), begin)[:, :, -1]
+    return generate(model, ODE(), Causality(), begin).latents[:, :, -1]
 
 
 def train_few_step(
