@@ -48,8 +48,8 @@ def without_history(reward: Tensor, valid: Tensor, group_size: int) -> Tensor:
     A reward that adds up mistakes, such as that of a drag, is mostly a matter of the history, and the action of frame m
     has no part in that. The previous frame's reward is known before the action, so this is a baseline: the
     expected gradient stays and its variance falls by the share that beta explains. One beta for the whole batch, by
-    least squares on deviations from the group's mean; 0 where the previous frame's rewards have no spread. Beta is found
-    on the batch it serves, which biases the gradient by the order of one over the number of samples.
+    least squares on deviations from the group's mean; 0 where the previous frame's rewards have no spread. Beta is
+    found on the batch it serves, which biases the gradient by the order of one over the number of samples.
 
     Args:
         reward: `[B, M]`; samples of a group stand together.

@@ -42,7 +42,7 @@ class Rollout:
         prompts: number of different clips (image, text, dragged path) per update.
         group_size: samples of each clip; a group shares its clip and its schedule.
         frames: latent frames per sample; m latent frames are 4 (m - 1) + 1 pixel frames.
-        sigmas: noise levels of the denoising steps, strictly decreasing from 1 (what a frame starts from is noise) to 0.
+        sigmas: noise levels of the denoising steps, strictly decreasing from 1 (a frame starts from noise) to 0.
         share_initial_noise: all samples of a group start from the same noise.
         window: finished latent frames that a frame can see (the paper's "cache").
         sink: first latent frames that are always seen.

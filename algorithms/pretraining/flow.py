@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from algorithms.pretraining.loop import Fit, optimise
 from algorithms.distillation.losses import flow_matching_loss
+from algorithms.pretraining.loop import Fit, optimise
 from data.draws import Stream, generator, seed_of
 from data.pool import ClipPool
 from envs.ar_video import start
