@@ -30,7 +30,7 @@ def run(plan: Plan, options: argparse.Namespace) -> None:
 
     console = Console()
     # Held-out clips are not measured; a session wants some.
-    settings = replace(plan.settings, evaluation=replace(plan.settings.evaluation, clips=1))
+    settings = replace(plan.settings, evaluation=replace(plan.settings.evaluation, clips=2))
     with cli.setup_phase():
         session = Session(settings, plan.config)
     result = measurements(session, options, console)

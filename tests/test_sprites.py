@@ -330,7 +330,6 @@ def test_streams_keep_their_numbers() -> None:
         "SCHEDULE",
         "DATA",
         "TRAINING",
-        "EVALUATION",
     ]
     assert [stream.name for stream in Stream] == names
     assert all(b - a == 1 for a, b in pairwise(Stream)) and Stream.INITIAL_NOISE == 0
