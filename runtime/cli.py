@@ -16,7 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import hydra
@@ -25,6 +25,7 @@ from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from runtime import STARTED
 from runtime.config import CONF, Plan, one_line, validate
 from runtime.explain import explain, known_keys
 from runtime.schema import suggest
@@ -110,6 +111,7 @@ class _Job:
     config_name: str
     run: Callable[[Plan], None]
     outcome: _Outcome
+    started: float = STARTED
 
     @property
     def task(self) -> Callable[[DictConfig], None]:
@@ -120,7 +122,7 @@ class _Job:
             try:
                 with setup_phase():
                     cfg.run_dir = self._folder(cfg)
-                    plan = validate(cfg)
+                    plan = replace(validate(cfg), started=self.started)
                 self.run(plan)
             except SetupError as error:
                 code = self.outcome.report(f"{cell}{error}", REFUSED)
@@ -128,6 +130,7 @@ class _Job:
                 code = self.outcome.report(f"{cell}{type(error).__name__}: {one_line(str(error))}", FAILED)
             self.outcome.cells += 1
             self.outcome.codes += [code] if code else []
+            self.started = time.monotonic()  # of the next cell
 
         task.__module__ = f"experiments.{self.config_name}"
         return task

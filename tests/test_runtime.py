@@ -65,6 +65,28 @@ def test_progress_prints_plain_lines_where_there_is_no_terminal() -> None:
     assert "other" not in lines[1]
 
 
+def test_first_steps_are_told_apart_and_counted_from_the_start_of_the_process() -> None:
+    out = io.StringIO()
+    with Progress(total=1, console=Console(file=out, width=300), started=time.monotonic() - 100) as progress:
+        progress.resume(0)
+        for phase in ("evaluation", "rollout", "evaluation", "rollout"):
+            progress.phase(phase)
+            progress.rollout_step(0, 3)
+            progress.rollout_step(1, 3)
+    lines = out.getvalue().splitlines()
+    assert [line.rsplit(" after ")[0] for line in lines] == ["first evaluation step", "first rollout step"]
+    assert all(100 <= float(line.split()[-2]) < 110 for line in lines)
+
+
+def test_what_goes_wrong_shows_in_the_line_and_only_then() -> None:
+    fine = {"reward": 1.0, "groups_dropped": 0.0, "grad_norm": 2.0}
+    assert summary(fine, {}) == "reward 1.000"
+    assert "dropped 1 group" in summary(fine | {"groups_dropped": 1.0}, {})
+    line = summary(fine | {"groups_dropped": 3.0, "grad_norm": float("nan")}, {})
+    assert "dropped 3 groups" in line and "gradient norm nan" in line
+    assert "gradient norm inf" in summary(fine | {"grad_norm": float("inf")}, {})
+
+
 def test_progress_draws_a_bar_on_a_terminal() -> None:
     out = io.StringIO()
     with Progress(total=4, console=Console(file=out, force_terminal=True, width=200)) as progress:
