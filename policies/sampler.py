@@ -5,6 +5,7 @@ For chunks of one frame it gives what the `Actor` gives, from the same passes an
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -62,6 +63,7 @@ def generate(
     causality: Causality,
     state: TensorDictBase,
     collapse: Tensor | None = None,
+    on_step: Callable[[int, int], None] = lambda frame, frames: None,
 ) -> Tensor:
     """Generate the clips of an episode's start.
 
@@ -70,8 +72,8 @@ def generate(
         transition: kernel of the steps that `state["stochastic"]` marks; `CPS(eta=1)` re-noises.
         causality: chunk, window and sink.
         state: see `envs.ar_video.start`.
-        collapse: `[B, M]`, the step at which a frame ends with its x0 prediction (Self-Forcing); None: every frame goes
-            on to noise level 0.
+        collapse: `[B, M]`, the step at which a frame ends with its x0 prediction (Self-Forcing); None: none does.
+        on_step: called with (frame, number of frames) when a step of a chunk is done.
 
     Returns:
         `[B, M, N+1, C, h, w]`: the noise, the latent after every step, and last the finished frame.
@@ -90,10 +92,10 @@ def generate(
                 x = chain[:, m, n]
                 action, _ = act(transition, x, v[:, i], now, later, chosen, [(*key, m, n) for key in keys])
                 if collapse is not None:
-                    x0 = x - now[:, None, None, None] * v[:, i]
-                    exits = collapse[:, m, None, None, None]
+                    x0, exits = x - now[:, None, None, None] * v[:, i], collapse[:, m, None, None, None]
                     action = torch.where(exits == n, x0, torch.where(exits < n, x, action))
                 chain[:, m, n + 1 :] = action.unsqueeze(1)
+            on_step(chunk.start, frames)
     return chain
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,9 @@ class Session:
         )
         self.collector = RolloutCollector(self.actor, self._next_start)
         self.on_step: Callable[[int, int], None] = lambda frame, frames: None
-        self.actor.register_forward_hook(lambda actor, args, state: self._acted(args[0]))
+        self.actor.register_forward_hook(
+            lambda actor, args, state: self._report(int(args[0]["frame"][0]), settings.rollout.frames)
+        )
         self.judge = Judge(settings.evaluation.tracker, settings.evaluation.scorer, settings.model.folder, self.device)
         clips = fixed_clips(settings.world, settings.evaluation.split, settings.evaluation.clips)
         self.truth = [follow(batch.video, batch, self.judge) for batch in clips]
@@ -120,14 +123,14 @@ class Session:
 
     def evaluate(self) -> tuple[dict[str, float], list[Sample]]:
         """Measure the policy (its averaged weights where there are some) on the held-out clips."""
-        episodes = replace(self.episodes, schedule=Deterministic())
-        clips = [s.clips for s in self.truth]
-        if self.ema is None:
-            samples = sample(self.actor, episodes, clips, self.judge)
-        else:
-            with self.ema.swap():
-                samples = sample(self.actor, episodes, clips, self.judge)
-        return measure(samples, self.truth, self.judge), samples
+        with nullcontext() if self.ema is None else self.ema.swap():
+            return self._measure(self.actor)
+
+    def evaluate_start(self) -> tuple[dict[str, float], list[Sample]]:
+        """Measure the weights that this run started from; a run that was resumed loads them again."""
+        transformer = self.settings.model.load(self.device).transformer
+        self._adapt(transformer)
+        return self._measure(Actor(transformer, self.settings.transition, self.actor.causality))
 
     def save(self) -> Path:
         """Write a checkpoint of this iteration."""
@@ -146,8 +149,13 @@ class Session:
         if self.device.startswith("cuda"):
             torch.cuda.synchronize(self.device)
 
-    def _acted(self, state: TensorDictBase) -> None:
-        self.on_step(int(state["frame"][0]), state["stochastic"].shape[1])
+    def _measure(self, actor: Actor) -> tuple[dict[str, float], list[Sample]]:
+        episodes = replace(self.episodes, schedule=Deterministic())
+        samples = sample(actor, episodes, [s.clips for s in self.truth], self.judge, self._report)
+        return measure(samples, self.truth, self.judge), samples
+
+    def _report(self, frame: int, frames: int) -> None:
+        self.on_step(frame, frames)
 
     def _next_start(self) -> TensorDictBase:
         state, self._clips = self.episodes.training(self.settings.seed, self.iteration)
