@@ -22,6 +22,7 @@ class Clip:
         prompt: text.
         visible: `[K, T]` bool, the touched point can be seen in the true clip (all True where unknown).
         name: unique in its world, such as `sprites/train/00012`.
+        found_by: the tracker that found the asked tracks in this very video; empty where they were given.
     """
 
     video: Tensor
@@ -29,6 +30,7 @@ class Clip:
     prompt: str
     visible: Tensor
     name: str
+    found_by: str = ""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class ClipBatch:
     prompts: list[str]
     visible: Tensor
     names: list[str]
+    found_by: list[str]
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -59,6 +62,7 @@ class ClipBatch:
             prompts=[c.prompt for c in clips],
             visible=visible,
             names=[c.name for c in clips],
+            found_by=[c.found_by for c in clips],
         )
 
     def select(self, indices: Sequence[int]) -> ClipBatch:
@@ -71,6 +75,7 @@ class ClipBatch:
             prompts=[self.prompts[i] for i in rows],
             visible=self.visible[rows],
             names=[self.names[i] for i in rows],
+            found_by=[self.found_by[i] for i in rows],
         )
 
     @staticmethod
@@ -91,6 +96,7 @@ class ClipBatch:
             prompts=[p for b in batches for p in b.prompts],
             visible=torch.cat([b.visible for b in batches]),
             names=[n for b in batches for n in b.names],
+            found_by=[f for b in batches for f in b.found_by],
         )
 
     def repeat(self, times: int) -> ClipBatch:

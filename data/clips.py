@@ -186,6 +186,8 @@ class Clips:
     def _clip(self, clip: int, start: int, point: int, bucket: tuple[int, int]) -> Clip:
         import torch
 
+        from tracking.finding import FOUND_BY
+
         source = self._sources[clip]
         frames = self._frames(clip, bucket)[start : start + self.frames]
         trajectory, visible = self._control(clip, start, point, bucket, frames)
@@ -197,6 +199,7 @@ class Clips:
             prompt=" ".join(caption.read_text(errors="replace").split()) if caption.is_file() else "",
             visible=torch.from_numpy(visible.copy()),
             name=f"clips/{source.path.name}/{bucket[0]}x{bucket[1]}/{start:05d}/{point}",
+            found_by="" if source.tracks else FOUND_BY,
         )
 
     def _control(

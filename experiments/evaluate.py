@@ -19,8 +19,9 @@ def run(plan: Plan) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from runtime.evaluation import measure
+    from runtime.evaluation import found_by, measure
     from runtime.outcome import draw_samples
+    from runtime.report import origin
     from runtime.session import Session
 
     with setup_phase():
@@ -39,7 +40,17 @@ def run(plan: Plan) -> None:
     Console().print(table)
     folder = Path(session.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    result = {"policy": metrics, "truth": truth, "extractor": session.judge.features.name, "config": plan.config}
+    result = {
+        "policy": metrics,
+        "truth": truth,
+        "extractor": session.judge.features.name,
+        "clips": e.clips,
+        "tracker": type(e.tracker).__name__,
+        "found_by": found_by(session.truth),
+        "config": plan.config,
+    }
+    if origin(result):
+        print(origin(result))
     (folder / "evaluation.json").write_text(json.dumps(result, indent=1))
     draw_samples(folder / "videos", [("true clip", session.truth), ("policy", samples)])
     print(f"results and videos: {folder}")

@@ -29,7 +29,7 @@ def run(plan: Plan) -> None:
 
     settings = plan.settings
     with ExitStack() as stack:
-        progress = stack.enter_context(Progress(settings.updates))
+        progress = stack.enter_context(Progress(settings.updates, started=plan.started))
         with setup_phase():
             session = Session(settings, plan.config)
         progress.resume(session.iteration)
@@ -39,21 +39,31 @@ def run(plan: Plan) -> None:
         stack.callback(log.close)
         outcome = Outcome(session, log, progress)
         session.on_step = progress.rollout_step
-        outcome.evaluate()
+        outcome.begin()
+        if due(session):  # a run that was stopped between a checkpoint and its evaluation
+            outcome.evaluate()
         timer = PhaseTimer(session.synchronize)
         while session.iteration < settings.updates and not stop.requested:
             iterate(session, timer, log, progress)
             last = session.iteration == settings.updates
             if last or stop.requested or session.iteration % settings.saving.every == 0:
                 session.save()
-            if last or (settings.evaluation.every and session.iteration % settings.evaluation.every == 0):
+            if due(session):
                 outcome.evaluate()
         progress.note(outcome.finish())
+
+
+def due(session: Session) -> bool:
+    """Whether the policy is measured after this update."""
+    settings, done = session.settings, session.iteration
+    every = settings.evaluation.every
+    return done >= settings.updates or (every > 0 and done % every == 0)
 
 
 def iterate(session: Session, timer: PhaseTimer, log: RunLog, progress: Progress) -> None:
     """One iteration: act, decode, score, learn, log."""
     timer.reset()
+    progress.phase("rollout")
     with timer.phase("rollout"):
         rollout = session.rollout()
     with timer.phase("decode"):
@@ -64,6 +74,9 @@ def iterate(session: Session, timer: PhaseTimer, log: RunLog, progress: Progress
         metrics |= session.update(rollout)
     seconds = timer.seconds()
     log.log(session.iteration, {**metrics, **{f"seconds/{name}": value for name, value in seconds.items()}})
+    algorithm = session.settings.algorithm
+    if algorithm.epochs * algorithm.minibatches == 1:  # every ratio is 1: nothing to clip
+        metrics.pop("clip_fraction", None)
     progress.update(session.iteration, metrics, seconds)
 
 

@@ -106,8 +106,7 @@ def generate(
                     transition, x, v[:, i], now, later, chosen, [(*key, m, n) for key in keys]
                 )
                 if collapse is not None:
-                    x0 = x - now[:, None, None, None] * v[:, i]
-                    exits = collapse[:, m, None, None, None]
+                    x0, exits = x - now[:, None, None, None] * v[:, i], collapse[:, m, None, None, None]
                     action = torch.where(exits == n, x0, torch.where(exits < n, x, action))
                 chain[:, m, n + 1 :] = action.unsqueeze(1)
             on_step(chunk.start, frames)

@@ -16,7 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import hydra
@@ -25,6 +25,7 @@ from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from runtime import STARTED
 from runtime.config import CONF, Plan, one_line, validate
 from runtime.explain import explain, known_keys
 from runtime.schema import suggest
@@ -116,6 +117,7 @@ class _Job:
     run: Callable[[Plan], None]
     outcome: _Outcome
     prepare: Prepare
+    started: float = STARTED
 
     @property
     def task(self) -> Callable[[DictConfig], None]:
@@ -127,6 +129,7 @@ class _Job:
                 with setup_phase():
                     cfg.run_dir = self._folder(cfg)
                     plan = validate(self.prepare(cfg, HydraConfig.get().overrides.task))
+                    plan = replace(plan, started=self.started)
                 self.run(plan)
             except SetupError as error:
                 code = self.outcome.report(f"{cell}{error}", REFUSED)
@@ -134,6 +137,7 @@ class _Job:
                 code = self.outcome.report(f"{cell}{type(error).__name__}: {one_line(str(error))}", FAILED)
             self.outcome.cells += 1
             self.outcome.codes += [code] if code else []
+            self.started = time.monotonic()  # of the next cell
 
         task.__module__ = f"experiments.{self.config_name}"
         return task

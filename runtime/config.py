@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import runtime.hydra_sum  # noqa: F401  registers reward=motion+0.5*aesthetic
-from runtime import rules, schema
+from runtime import STARTED, rules, schema
 from runtime.checkpoint import read_state
 from runtime.identity import differences, flatten
 from runtime.settings import Settings
@@ -35,10 +35,12 @@ class Plan:
     Attributes:
         settings: components built, rules checked.
         config: resolved config, to be stored beside the results.
+        started: `time.monotonic()` when the process, or this run of a sweep, began.
     """
 
     settings: Settings
     config: dict[str, Any]
+    started: float = STARTED
 
 
 def validate(cfg: DictConfig) -> Plan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +92,24 @@ def in_sight(clips: ClipBatch) -> Tensor:
     return clips.visible.int().cummin(dim=-1).values.bool()
 
 
+def motion_errors(samples: list[Sample]) -> Tensor:
+    """Motion error of each clip in px, `[clips]`, in the order of the clips; NaN where no asked point is in sight."""
+    return torch.cat(
+        [
+            per_clip(
+                endpoint_error(s.clips.trajectory, s.tracks),
+                counted(s.clips.trajectory, reference=in_sight(s.clips)),
+            )
+            for s in samples
+        ]
+    )
+
+
+def found_by(samples: list[Sample]) -> dict[str, int]:
+    """Trackers that found asked paths, and for how many clips; empty where all were given."""
+    return dict(Counter(name for s in samples for name in s.clips.found_by if name))
+
+
 def measure(samples: list[Sample], truth: list[Sample], judge: Judge) -> dict[str, float]:
     """Metrics over all samples.
 
@@ -100,13 +119,12 @@ def measure(samples: list[Sample], truth: list[Sample], judge: Judge) -> dict[st
         `motion_visible` (share of asked positions the tracker saw), `aesthetic` (judge's scorer), `frechet` (frames)
         and `frechet_video`, both against the true clips.
     """
-    errors, visible, scores = [], [], []
+    visible, scores = [], []
     for s in samples:
         asked = counted(s.clips.trajectory, reference=in_sight(s.clips))
-        errors.append(per_clip(endpoint_error(s.clips.trajectory, s.tracks), asked))
         visible.append(s.tracks.visible[asked].float())
         scores.append(judge.aesthetic.score(s.video, s.clips).value[:, 1:].flatten())
-    error = torch.cat(errors)
+    error = motion_errors(samples)
     error = error[error.isfinite()]
     frames = [_features(group, judge) for group in (samples, truth)]
     return {

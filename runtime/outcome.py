@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
 
+from runtime import runlog, verdict
 from runtime.checkpoint import versions
-from runtime.evaluation import Sample, measure
+from runtime.evaluation import Sample, found_by, measure, motion_errors
 from runtime.plan import schedule_picture
 from tracking.trackers import Tracks
 
@@ -28,7 +31,8 @@ SHOWN = 6
 class Outcome:
     """Collects evaluations of one run and writes its result files.
 
-    A resumed run keeps the evaluations that its folder holds, so "before" stays what it was.
+    "Before" is the weights that the run started from, also in a run that was resumed. An evaluation that the folder
+    holds already is not made again.
     """
 
     def __init__(self, session: Session, log: RunLog, progress: Progress) -> None:
@@ -36,76 +40,107 @@ class Outcome:
         self.began = time.time()
         self.path = session.run_dir / RESULT
         self.curve: list[dict[str, float]] = []
+        self.errors: dict[str, list[float | None]] = {}  # update: motion error of each clip
         if session.iteration and self.path.is_file():
-            self.curve = [
-                row for row in json.loads(self.path.read_text())["curve"] if row["update"] <= session.iteration
-            ]
+            found = json.loads(self.path.read_text())
+            self.curve = [row for row in found["curve"] if row["update"] <= session.iteration]
+            kept = {str(row["update"]) for row in self.curve}
+            self.errors = {key: row for key, row in found.get("clip_errors_px", {}).items() if key in kept}
+        self.logged = {row["step"] for row in runlog.read(session.run_dir) if f"eval/{verdict.METRIC}" in row}
         self.truth = measure(session.truth, session.truth, session.judge)
         self._write_inputs()
 
-    def evaluate(self) -> dict[str, float]:
-        """Measure the policy as it is, unless this update has been measured; log it and keep its videos."""
-        update = self.session.iteration
-        if self.curve and self.curve[-1]["update"] == update:
-            return self.curve[-1]
-        self.progress.phase("evaluation")
-        metrics, samples = self.session.evaluate()
-        self.curve.append({"update": update, **metrics})
-        self.log.log(update, {f"eval/{name}": value for name, value in metrics.items()})
+    def begin(self) -> None:
+        """Measure the weights that the run started from, unless that is done."""
+        if not self._done(0):
+            self.progress.phase("evaluation")
+            fresh = self.session.iteration == 0
+            self._record(0, *(self.session.evaluate() if fresh else self.session.evaluate_start()))
+
+    def evaluate(self) -> None:
+        """Measure the policy as it is, unless that is done; log it and keep its videos."""
+        if not self._done(self.session.iteration):
+            self.progress.phase("evaluation")
+            self._record(self.session.iteration, *self.session.evaluate())
+
+    def _done(self, update: int) -> bool:
+        """Whether an update has been measured and, where the report shows it, its samples are there."""
+        shown = update == 0 or update >= self.session.settings.updates
+        samples = [self._samples(update, size).is_file() for size in range(len(self.session.truth))] if shown else []
+        return any(row["update"] == update for row in self.curve) and str(update) in self.errors and all(samples)
+
+    def _record(self, update: int, metrics: dict[str, float], samples: list[Sample]) -> None:
+        others = [row for row in self.curve if row["update"] != update]
+        self.curve = sorted([*others, {"update": update, **metrics}], key=lambda row: row["update"])
+        self.errors[str(update)] = [e if math.isfinite(e) else None for e in motion_errors(samples).tolist()]
+        if update not in self.logged:
+            self.log.log(update, {f"eval/{name}": value for name, value in metrics.items()})
+        spread = metrics["motion_error_px_ci"]
         self.progress.note(
             f"evaluation after update {update}: motion error {metrics['motion_error_px']:.3f} "
-            f"± {metrics['motion_error_px_ci']:.3f} px, aesthetic {metrics['aesthetic']:.3f}, "
-            f"Frechet {metrics['frechet']:.4f} ({self.session.settings.evaluation.clips} held-out clips)"
+            + (f"± {spread:.3f} " if math.isfinite(spread) else "")
+            + f"px, aesthetic {metrics['aesthetic']:.3f}, Frechet {metrics['frechet']:.4f} "
+            f"({self.session.settings.evaluation.clips} held-out clips)"
         )
-        self._keep(samples, "before" if update == 0 else "after")
+        self._keep(samples, update)
         self._write()
-        return metrics
 
     def finish(self) -> str:
         """Draw curves and report; return the closing words."""
         from runtime import curves, report
 
-        run_dir, first, last = self.session.run_dir, self.curve[0], self.curve[-1]
+        run_dir = self.session.run_dir
         if self.session.iteration < self.session.settings.updates:
             return f"stopped after update {self.session.iteration}; go on with: run_dir={run_dir} resume=true"
         curves.plot(run_dir / "metrics.jsonl", run_dir / "curves.png")
-        kept = [(name, [self._kept(name, i) for i in range(len(self.session.truth))]) for name in ("before", "after")]
+        ends = (("before", self.curve[0]), ("after", self.curve[-1]))
+        sizes = range(len(self.session.truth))
+        kept = [(name, [self._kept(int(row["update"]), size) for size in sizes]) for name, row in ends]
         draw_samples(run_dir / "videos", [("true clip", self.session.truth), *kept])
         self._write_environment()
         page = report.write(run_dir)
-        gain = 100 * (1 - last["motion_error_px"] / first["motion_error_px"])
-        return (
-            f"held-out motion error {first['motion_error_px']:.3f} -> {last['motion_error_px']:.3f} px "
-            f"({gain:+.1f} % better; true clips {self.truth['motion_error_px']:.3f}), "
-            f"aesthetic {first['aesthetic']:.3f} -> {last['aesthetic']:.3f}, "
-            f"Frechet {first['frechet']:.4f} -> {last['frechet']:.4f}\nreport: {page}"
-        )
+        self.log.results(run_dir)
+        return f"{closing(self._result())}\nreport: {page}"
 
-    def _kept(self, name: str, size: int) -> Sample:
+    def _samples(self, update: int, size: int) -> Path:
+        return Path(self.session.run_dir) / "samples" / f"{update:06d}_{size}.safetensors"
+
+    def _kept(self, update: int, size: int) -> Sample:
         """Samples that `_keep` saved, of one frame size."""
         from safetensors.torch import load_file
 
-        found = load_file(self.session.run_dir / "samples" / f"{name}_{size}.safetensors")
+        found = load_file(self._samples(update, size))
         clips = self.session.truth[size].clips.select(range(len(found["video"])))
         seen = torch.ones(found["tracks"].shape[:-1])
         return Sample(found["video"], clips, Tracks(found["tracks"], seen.bool(), seen))
 
-    def _keep(self, samples: list[Sample], name: str) -> None:
-        """Save the shown samples' videos and tracks, so that a report can be made from the folder alone."""
+    def _keep(self, samples: list[Sample], update: int) -> None:
+        """Save the shown samples' videos and tracks, so that a report can be made from the folder alone.
+
+        Those of the first and of the latest evaluation stay.
+        """
         from safetensors.torch import save_file
 
         folder = self.session.run_dir / "samples"
         folder.mkdir(exist_ok=True)
+        for path in folder.glob("*.safetensors"):
+            if not path.name.startswith(f"{0:06d}_"):
+                path.unlink()
         per_size = -(-SHOWN // len(samples))
         for i, s in enumerate(samples):
             save_file(
                 {"video": s.video[:per_size].contiguous(), "tracks": s.tracks.xy[:per_size].contiguous()},
-                folder / f"{name}_{i}.safetensors",
+                self._samples(update, i),
             )
 
     def _write(self) -> None:
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self._result(), indent=1))
+        temporary.replace(self.path)
+
+    def _result(self) -> dict[str, Any]:
         settings = self.session.settings
-        result: dict[str, Any] = {
+        return {
             "before": self.curve[0],
             "after": self.curve[-1],
             "truth": self.truth,
@@ -113,12 +148,11 @@ class Outcome:
             "clips": settings.evaluation.clips,
             "split": settings.evaluation.split,
             "tracker": type(settings.evaluation.tracker).__name__,
+            "found_by": found_by(self.session.truth),
             "curve": self.curve,
+            "clip_errors_px": self.errors,
             "schedule": schedule_picture(self.session),
         }
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(result, indent=1))
-        temporary.replace(self.path)
 
     def _write_inputs(self) -> None:
         run_dir: Path = self.session.run_dir
@@ -140,6 +174,24 @@ class Outcome:
             "versions": versions(),
         }
         (self.session.run_dir / "environment.json").write_text(json.dumps(facts, indent=1))
+
+
+def closing(evaluation: Mapping[str, Any]) -> str:
+    """What a run that is done says of itself, from its `evaluation.json`."""
+    first, last, truth = evaluation["before"], evaluation["after"], evaluation["truth"]
+    before, after = first["motion_error_px"], last["motion_error_px"]
+    change = verdict.of(evaluation)
+    judged = f"clip by clip {change.text}" if change is not None else ""
+    found = " (by construction)" if evaluation["tracker"] in evaluation["found_by"] else ""
+    parts = (
+        f"held-out motion error {before:.3f} -> {after:.3f} px",
+        verdict.relative(before, after),
+        judged,
+        f"true clips {truth['motion_error_px']:.3f} px{found}",
+        f"aesthetic {first['aesthetic']:.3f} -> {last['aesthetic']:.3f}",
+        f"Frechet {first['frechet']:.4f} -> {last['frechet']:.4f}",
+    )
+    return "; ".join(part for part in parts if part)
 
 
 def draw_samples(folder: Path, columns: list[tuple[str, list[Sample]]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from types import TracebackType
@@ -18,15 +19,20 @@ TERMS = "reward_terms/"
 class Progress:
     """Progress over `total` updates of which `done` are done already (a resumed run).
 
+    `started` is the `time.monotonic()` from which the first steps are counted; none: now.
+
     Shows `reward`, its terms (`reward_terms/<name>`), pixel errors (`...error_px`), `kl`, `clip_fraction`,
-    seconds per phase and the time left. Use as a context manager.
+    groups dropped and gradients that are not finite where there are any, seconds per phase and the time left. Use as a
+    context manager.
     """
 
-    def __init__(self, total: int, done: int = 0, console: Console | None = None) -> None:
+    def __init__(self, total: int, done: int = 0, console: Console | None = None, started: float | None = None) -> None:
         self.console = console or Console(stderr=True)
         self.total, self.done, self._start = total, done, done
         self._began = time.monotonic()
-        self._first = True
+        self._started = self._began if started is None else started
+        self._phase = "rollout"
+        self._reported: set[str] = set()
         self._bar = Bar(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -61,17 +67,18 @@ class Progress:
         self._bar.update(self._task, completed=done)
 
     def rollout_step(self, frame: int, frames: int) -> None:
-        """Report that frame `frame` (from 0) of `frames` is being generated; the very first report is a
-        line of its own.
+        """Report that frame `frame` (from 0) of `frames` is being generated; the first report of a rollout, and of
+        an evaluation, is a line of its own.
         """
-        if self._first:
-            self._first = False
-            self.note(f"first rollout step after {time.monotonic() - self._began:.1f} s")
+        if self._phase not in self._reported:
+            self._reported.add(self._phase)
+            self.note(f"first {self._phase} step after {time.monotonic() - self._started:.1f} s")
         if self._live is not None:
-            self._bar.update(self._task, description=f"rollout {frame + 1}/{frames}")
+            self._bar.update(self._task, description=f"{self._phase} {frame + 1}/{frames}")
 
     def phase(self, name: str) -> None:
-        """Show what is being done between updates."""
+        """Show what is being done: `rollout` or `evaluation`."""
+        self._phase = name
         if self._live is not None:
             self._bar.update(self._task, description=name)
 
@@ -107,6 +114,9 @@ def summary(metrics: Mapping[str, float], seconds: Mapping[str, float]) -> str:
         for name, label in (("kl", "kl"), ("clip_fraction", "clipped"))
         if name in metrics
     ]
+    dropped, norm = metrics.get("groups_dropped", 0), metrics.get("grad_norm", 0.0)
+    parts += [f"dropped {dropped:.0f} group{'' if dropped == 1 else 's'}"] if dropped else []
+    parts += [] if math.isfinite(norm) else [f"gradient norm {norm}: step left out"]
     phases = " ".join(f"{name} {value:.1f}" for name, value in seconds.items())
     return "  ".join([*parts, f"[{phases} s]"] if phases else parts)
 

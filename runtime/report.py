@@ -6,12 +6,12 @@ import base64
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from runtime import runlog, videos
+from runtime import runlog, verdict, videos
 from runtime.report_page import PAGE
 
 FILE = "report.html"
@@ -40,7 +40,7 @@ class Change:
         better: `lower`, `higher` or empty where nobody said.
         values: text for each of before, after and truth.
         percent: signed change from before to after.
-        verdict: `better`, `worse` or empty.
+        verdict: `better`, `worse` or empty where nothing can be said.
     """
 
     label: str
@@ -58,13 +58,10 @@ class Change:
 
 
 def write(run_dir: Path) -> Path:
-    """Write `report.html` into a run's folder; a part whose file is absent is left out.
+    """Write `report.html` into a run's folder and return its path; a part whose file is absent is left out.
 
     Reads `evaluation.json`, `metrics.jsonl`, `curves.png`, `videos/*.mp4`, `config.yaml` and
     `environment.json`. Nothing in the page is loaded from elsewhere: it can be sent to a colleague as it is.
-
-    Returns:
-        Path of the page.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -84,6 +81,7 @@ def write(run_dir: Path) -> Path:
         table=list(table.values()),
         sets=[name for name in SETS if isinstance(evaluation.get(name), dict)],
         measured=_measured(evaluation),
+        origin=origin(evaluation),
         extractor=evaluation.get("extractor"),
         course=course(evaluation.get("curve") or []),
         schedule=evaluation.get("schedule"),
@@ -100,15 +98,22 @@ def write(run_dir: Path) -> Path:
 
 
 def changes(evaluation: Mapping[str, Any]) -> dict[str, Change]:
-    """Return each metric of `evaluation.json` as text, known metrics first and in the order of `METRICS`."""
+    """Return each metric of `evaluation.json` as text, known metrics first and in the order of `METRICS`.
+
+    The motion error is better or worse only where its change, clip by clip, is told apart from none.
+    """
     sets = {name: evaluation[name] for name in SETS if isinstance(evaluation.get(name), dict)}
     keys = dict.fromkeys(key for values in sets.values() for key in values if _is_metric(key, values))
-    return {key: _change(key, sets) for key in sorted(keys, key=_rank)}
+    table = {key: _change(key, sets) for key in sorted(keys, key=_rank)}
+    judged = verdict.of(evaluation)
+    if judged is not None and verdict.METRIC in table:
+        table[verdict.METRIC] = replace(table[verdict.METRIC], verdict=judged.verdict)
+    return table
 
 
 def headline(evaluation: Mapping[str, Any]) -> list[str]:
     """Say in sentences what became of the motion error; no comparison where one of the numbers is missing."""
-    key = "motion_error_px"
+    key = verdict.METRIC
     before, after = (_number((evaluation.get(name) or {}).get(key)) for name in ("before", "after"))
     if after is None:
         return []
@@ -119,10 +124,23 @@ def headline(evaluation: Mapping[str, Any]) -> list[str]:
         f"The motion error {verb} from {_value(key, evaluation['before'])} to "
         f"{_value(key, evaluation['after'])} px ({_percent(before, after)})."
     )
-    spreads = [_number(evaluation[name].get(key + CI)) for name in ("before", "after")]
-    if None not in spreads and abs(after - before) <= sum(s for s in spreads if s is not None):
-        return [first, "The 95 % intervals overlap: repeat with other seeds before trusting the change."]
-    return [first]
+    judged = verdict.of(evaluation)
+    return [first] if judged is None else [first, f"Clip by clip it changed by {judged.text}."]
+
+
+def origin(evaluation: Mapping[str, Any]) -> str:
+    """Say which asked paths a tracker found in the true clips, and what that makes of their error; else empty."""
+    found = evaluation.get("found_by") or {}
+    if not found:
+        return ""
+    of = f" of {evaluation['clips']}" if "clips" in evaluation else ""
+    text = f"The asked paths of {sum(found.values())}{of} clips were not given: {', '.join(found)} found them there."
+    if evaluation.get("tracker") in found:
+        text += (
+            " The same tracker judges, so the motion error of the true clips is near 0 by construction;"
+            " it does not tell how exact the paths are."
+        )
+    return text
 
 
 def training_reward(rows: Sequence[Mapping[str, Any]], table: Mapping[str, Change]) -> list[Change]:

@@ -44,6 +44,9 @@ details { margin: .8rem 0; } summary { cursor: pointer; } .wide { overflow-x: au
 {% if measured %}
 <p class="soft">Measured on {{ measured }}.</p>
 {% endif %}
+{% if origin %}
+<p class="soft">{{ origin }}</p>
+{% endif %}
 {% if cards %}
 <div class="cards">
 {% for card in cards %}
@@ -64,7 +67,8 @@ details { margin: .8rem 0; } summary { cursor: pointer; } .wide { overflow-x: au
 <td class="{{ row.verdict }}">{{ row.percent }} {{ row.verdict }}</td></tr>
 {% endfor %}
 </table></div>
-<p class="soft">± is half of a 95 % interval over clips. truth: the true clips, measured in the same way.
+<p class="soft">± is half of a 95 % interval over clips, not over training seeds.
+truth: the true clips, measured in the same way.
 {% if extractor %}
 Fréchet distances use {{ extractor }}; they cannot be compared with those of another extractor.
 {% endif %}</p>

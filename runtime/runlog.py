@@ -6,12 +6,13 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 FILE = "metrics.jsonl"
+WANDB_ID = "wandb_id"
 
 
 class RunLog(Protocol):
@@ -19,6 +20,10 @@ class RunLog(Protocol):
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record metrics of update `step` (counted from 1)."""
+        ...
+
+    def results(self, run_dir: Path) -> None:
+        """Record what a finished run's folder shows: videos, curves and report."""
         ...
 
     def close(self) -> None:
@@ -32,13 +37,13 @@ class JsonLines:
     Args:
         run_dir: folder of the run; the file is `metrics.jsonl` in it.
         step: last update that stays: a resumed run drops what came after its checkpoint, so that its
-            history equals that of an uninterrupted run. 0 begins anew.
+            history equals that of an uninterrupted run. 0 begins anew and keeps nothing.
     """
 
     def __init__(self, run_dir: Path, step: int = 0) -> None:
         self.path = run_dir / FILE
         run_dir.mkdir(parents=True, exist_ok=True)
-        kept = "".join(json.dumps(row) + "\n" for row in read(run_dir) if row["step"] <= step)
+        kept = "".join(json.dumps(row) + "\n" for row in read(run_dir) if step > 0 and row["step"] <= step)
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text(kept)
         os.replace(temporary, self.path)
@@ -50,18 +55,29 @@ class JsonLines:
         self.file.write(json.dumps({"step": step, **row}) + "\n")
         self.file.flush()
 
+    def results(self, run_dir: Path) -> None:
+        """Nothing: they lie beside the file."""
+
     def close(self) -> None:
         """Close the file."""
         self.file.close()
 
 
 class WandbLog:
-    """Metrics to a wandb run. Imports wandb when made."""
+    """Metrics and results to a wandb run. Imports wandb when made.
+
+    The run's id stays in `wandb_id` of the folder: a resumed run goes on with it. Once wandb is there, none of its
+    failures ends the run.
+    """
 
     def __init__(self, settings: Wandb, run_dir: Path, config: dict[str, Any]) -> None:
         import wandb
 
+        self.failed = False
+        note = run_dir / WANDB_ID
         self.run = wandb.init(
+            id=note.read_text().strip() if config.get("resume") and note.is_file() else None,
+            resume="allow",
             project=settings.project,
             entity=settings.entity,
             mode=settings.mode,  # type: ignore[arg-type]
@@ -70,14 +86,28 @@ class WandbLog:
             config=config,
             settings=wandb.Settings(silent=True),
         )
+        note.write_text(self.run.id)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Send metrics of one update."""
-        self.run.log(dict(metrics), step=step)
+        self._attempt(lambda: self.run.log(dict(metrics), step=step))
+
+    def results(self, run_dir: Path) -> None:
+        """Send `videos/*.mp4`, `curves.png` and `report.html`."""
+        self._attempt(lambda: self.run.log(_media(run_dir)))
 
     def close(self) -> None:
         """Finish the run."""
-        self.run.finish()
+        self._attempt(self.run.finish)
+
+    def _attempt(self, action: Callable[[], object]) -> None:
+        """Do it; where wandb fails, say so the first time."""
+        try:
+            action()
+        except Exception as error:
+            if not self.failed:
+                _notice(f"wandb failed ({type(error).__name__}: {error}); {FILE} has every metric")
+            self.failed = True
 
 
 class Composite:
@@ -90,6 +120,11 @@ class Composite:
         """Record in each."""
         for log in self.logs:
             log.log(step, metrics)
+
+    def results(self, run_dir: Path) -> None:
+        """Record in each."""
+        for log in self.logs:
+            log.results(run_dir)
 
     def close(self) -> None:
         """Close each."""
@@ -108,7 +143,9 @@ class Local:
 
 @dataclass(frozen=True)
 class Wandb:
-    """`metrics.jsonl`, and the same to Weights & Biases.
+    """`metrics.jsonl`, and the same to Weights & Biases; at the end also videos, curves and report.
+
+    A run that was resumed offline lies in several folders of one id; `wandb sync` them together.
 
     Attributes:
         mode: `offline` (into the run's folder; upload later with `wandb sync`), `online` or `disabled`.
@@ -125,16 +162,34 @@ class Wandb:
             raise ValueError(f"logger.mode must be offline, online or disabled, got {self.mode!r}")
 
     def open(self, run_dir: Path, config: dict[str, Any], step: int = 0) -> RunLog:
-        """Open both logs. Where wandb is not installed, say so once and go on with the local one."""
+        """Open both logs. Where wandb is not installed or cannot start, say so and go on with the local one."""
         local = JsonLines(run_dir, step)
         try:
             return Composite([local, WandbLog(self, run_dir, config)])
         except ImportError:
-            print(
-                "notice: wandb is not installed (pip install -e '.[wandb]'); metrics go to metrics.jsonl only",
-                file=sys.stderr,
-            )
-            return local
+            _notice(f"wandb is not installed (pip install -e '.[wandb]'); metrics go to {FILE} only")
+        except Exception as error:
+            _notice(f"wandb cannot start ({type(error).__name__}: {error}); metrics go to {FILE} only")
+        return local
+
+
+def _media(run_dir: Path) -> dict[str, Any]:
+    """The results of a folder as wandb shows them; files that are not there are left out."""
+    import wandb
+
+    # By path: wandb copies files as they are; frames would need moviepy.
+    found: dict[str, Any] = {
+        f"videos/{path.stem}": wandb.Video(str(path)) for path in sorted((run_dir / "videos").glob("*.mp4"))
+    }
+    if (run_dir / "curves.png").is_file():
+        found["curves"] = wandb.Image(str(run_dir / "curves.png"))
+    if (run_dir / "report.html").is_file():
+        found["report"] = wandb.Html(str(run_dir / "report.html"), inject=False)
+    return found
+
+
+def _notice(text: str) -> None:
+    print(f"notice: {text}", file=sys.stderr)
 
 
 def read(run_dir: Path) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -135,14 +136,14 @@ class Session:
 
     def evaluate(self) -> tuple[dict[str, float], list[Sample]]:
         """Measure the policy (its averaged weights where there are some) on the held-out clips."""
-        episodes = replace(self.episodes, schedule=Deterministic())
-        clips = [s.clips for s in self.truth]
-        if self.ema is None:
-            samples = sample(self.actor, episodes, clips, self.judge, self._report)
-        else:
-            with self.ema.swap():
-                samples = sample(self.actor, episodes, clips, self.judge, self._report)
-        return measure(samples, self.truth, self.judge), samples
+        with nullcontext() if self.ema is None else self.ema.swap():
+            return self._measure(self.actor)
+
+    def evaluate_start(self) -> tuple[dict[str, float], list[Sample]]:
+        """Measure the weights that this run started from; a run that was resumed loads them again."""
+        transformer = self.settings.model.load(self.device).transformer
+        self._adapt(transformer)
+        return self._measure(Actor(transformer, self.settings.transition, self.actor.causality))
 
     def save(self) -> Path:
         """Write a checkpoint of this iteration."""
@@ -160,6 +161,11 @@ class Session:
         """Wait for the device, so that a phase's seconds are its own."""
         if self.device.startswith("cuda"):
             torch.cuda.synchronize(self.device)
+
+    def _measure(self, actor: Actor) -> tuple[dict[str, float], list[Sample]]:
+        episodes = replace(self.episodes, schedule=Deterministic())
+        samples = sample(actor, episodes, [s.clips for s in self.truth], self.judge, self._report)
+        return measure(samples, self.truth, self.judge), samples
 
     def _report(self, frame: int, frames: int) -> None:
         self.on_step(frame, frames)

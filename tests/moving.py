@@ -45,4 +45,4 @@ def asking(path: Tensor, size: tuple[int, int] = (32, 32), video: Tensor | None 
     here = torch.ones(1, 1, frames, dtype=torch.bool)
     trajectory = Trajectory(path[None, None], here.float(), here, size[0], size[1], 8.0)
     clip = torch.zeros(3, frames, *size) if video is None else video
-    return ClipBatch(clip[None], trajectory, ["a disc moves"], here, ["moving/0"])
+    return ClipBatch(clip[None], trajectory, ["a disc moves"], here, ["moving/0"], [""])

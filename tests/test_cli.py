@@ -3,13 +3,16 @@ everything."""
 
 from __future__ import annotations
 
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+import runtime
 from runtime import checkpoint, cli
 from runtime.checkpoint import Snapshot
 from runtime.config import Plan
@@ -116,6 +119,18 @@ def test_a_sweep_reports_what_is_refused_and_goes_on(command: Run) -> None:
     folders = [line.split()[1] for line in out.splitlines()]
     assert folders == ["cells/0", "cells/1", "cells/4", "cells/5"]
     assert err.count("seed must lie in") == 2 and "2 of 6 runs" in err
+
+
+def test_the_clock_of_a_run_starts_with_the_process_and_in_a_sweep_with_its_cell(command: Run) -> None:
+    found: list[float] = []
+
+    def experiment(plan: Plan) -> None:
+        found.append(plan.started)
+
+    assert command("-m", "seed=1,2", experiment=experiment)[0] == 0
+    assert runtime.STARTED == found[0] < found[1] <= time.monotonic()
+    program = "import runtime, sys; assert runtime.STARTED; assert not {'hydra', 'torch'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(cli.__file__).parents[1])
 
 
 def test_help_explains_choices_and_fields(command: Run) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from data.clip import ClipBatch
 from data.clips import Clips
 from data.video_files import probe, read_frames
 from tests.moving import line, render, texture
@@ -166,6 +167,13 @@ class TestGivenTracks:
         centre = torch.stack([(heat * x).sum((-1, -2)), (heat * y).sum((-1, -2))], -1)
         assert (centre - batch.trajectory.xy[:, 0]).norm(dim=-1).max() < 0.2
         assert batch.trajectory.presence.all()
+
+    def test_clips_say_whose_tracks_were_found(self, folder: Path) -> None:
+        write_trajectory(folder / "b.npz", track_of(PATH, (32, 32)))
+        batch = Clips(str(folder), frames=9).batch("train", range(4), (32, 32))
+        found = {n.split("/")[1]: by for n, by in zip(batch.names, batch.found_by, strict=True)}
+        assert found == {"a": "LucasKanade", "b": ""}
+        assert ClipBatch.concat([batch.select([1, 0]), batch]).found_by == [*batch.found_by[1::-1], *batch.found_by]
 
     def test_stroke_is_drawn_on_its_own_canvas(self, tmp_path: Path) -> None:
         frame_folder(tmp_path, "a", pixels(PATH[:9]))

@@ -250,15 +250,18 @@ def test_curves_of_nothing_are_refused(tmp_path: Path) -> None:
         curves.plot(write_rows(tmp_path, [{"step": 1}]), tmp_path / "curves.png")
 
 
+BEFORE = {"update": 0, "motion_error_px": 2.0, "motion_error_px_ci": 0.2, "aesthetic": 5.0, "frechet": 0.2, "odd": 1}
+AFTER = {"update": 20, "motion_error_px": 1.5, "motion_error_px_ci": 0.1, "aesthetic": 4.5, "frechet": 0.1, "odd": 2}
 EVALUATION = {
-    "before": {"motion_error_px": 2.0, "motion_error_px_ci": 0.2, "aesthetic": 5.0, "frechet": 0.2, "odd": 1},
-    "after": {"motion_error_px": 1.5, "motion_error_px_ci": 0.1, "aesthetic": 4.5, "frechet": 0.1, "odd": 2},
+    "before": BEFORE,
+    "after": AFTER,
     "truth": {"update": 77, "motion_error_px": 0.4, "aesthetic": math.nan, "frechet": 0.0},
     "extractor": "tiny <clip>",
     "clips": 32,
     "split": "heldout",
     "tracker": "lucas_kanade",
     "curve": [{"update": 0, "motion_error_px": 2.0}, {"update": 20, "motion_error_px": 1.5}],
+    "clip_errors_px": {"0": [1.0, 2.0, 3.0], "20": [0.5, 1.51, 2.49]},
     "schedule": "frames 0-8   ●   ·",
 }
 
@@ -277,7 +280,8 @@ def full_run(folder: Path) -> Path:
 def test_the_page_holds_the_run_and_needs_nothing_else(tmp_path: Path) -> None:
     run = full_run(tmp_path / "run")
     page = report.write(run).read_text()
-    assert "fell from 2.00 ± 0.20 to 1.50 ± 0.10 px (-25.0 %)." in page and "overlap" not in page
+    assert "fell from 2.00 ± 0.20 to 1.50 ± 0.10 px (-25.0 %)." in page
+    assert "Clip by clip it changed by -0.500 ± 0.025 px (95 % interval, 3 clips): clearly better." in page
     assert page.count("-25.0 % better") == 2 and "-10.0 % worse" in page and "-50.0 % better" in page
     assert "Measured on 32 clips of the split heldout" in page and "lucas_kanade" in page
     assert list(report.changes(EVALUATION)) == ["motion_error_px", "aesthetic", "frechet", "odd"]
@@ -330,19 +334,17 @@ def test_an_empty_folder_gives_a_page_and_no_folder_an_error(tmp_path: Path) -> 
             report.write(tmp_path)
 
 
-def test_the_headline_claims_no_more_than_the_numbers() -> None:
-    def ends(before: float, after: float, spread: float = 0.0) -> str:
-        values = [{"motion_error_px": v, "motion_error_px_ci": spread} for v in (before, after)]
-        return " ".join(report.headline({"before": values[0], "after": values[1]}))
-
-    assert "rose" in ends(1.0, 2.0) and "+100.0 %" in ends(1.0, 2.0)
-    assert "overlap" in ends(2.0, 1.5, 0.3) and "overlap" not in ends(2.0, 1.5, 0.2)
-    assert report.headline({"after": {"motion_error_px": 1.5}}) == ["The motion error is 1.50 px."]
-    assert report.headline({"before": {"motion_error_px": 1.5}, "after": {"motion_error_px": math.nan}}) == []
-    assert report.headline({}) == []
+def test_the_page_says_where_the_same_tracker_found_the_paths_that_it_judges(tmp_path: Path) -> None:
+    assert "not given" not in report.write(full_run(tmp_path / "given")).read_text()
+    for tracker, same in (("LucasKanade", True), ("CoTracker", False)):
+        found = EVALUATION | {"tracker": tracker, "found_by": {"LucasKanade": 8}}
+        (tmp_path / "evaluation.json").write_text(json.dumps(found))
+        page = report.write(tmp_path).read_text()
+        assert "The asked paths of 8 of 32 clips were not given: LucasKanade found them there." in page
+        assert ("near 0 by construction" in page) == same
 
 
 def test_an_evaluation_without_a_before_makes_no_comparison(tmp_path: Path) -> None:
-    (tmp_path / "evaluation.json").write_text(json.dumps({"after": EVALUATION["after"]}))
+    (tmp_path / "evaluation.json").write_text(json.dumps({"after": AFTER}))
     page = report.write(tmp_path).read_text()
     assert "1.50 ± 0.10" in page and "→" not in page and not re.search(r"% (better|worse)", page)

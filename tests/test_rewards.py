@@ -55,7 +55,7 @@ class TestMotion:
         visible = torch.rand(presence.shape, generator=g) < 0.7
         control = asking(asked[0, 0], size)
         trajectory = replace(control.trajectory, xy=asked, presence=presence, intensity=presence.float())
-        batch_ = ClipBatch(torch.zeros(batch, 3, frames, *size), trajectory, [""] * 3, presence, [""] * 3)
+        batch_ = ClipBatch(torch.zeros(batch, 3, frames, *size), trajectory, [""] * 3, presence, [""] * 3, [""] * 3)
         got = motion(found, visible, profile="train").score(batch_.video, batch_).value
         for b in range(batch):
             assert got[b, 0] == 0

@@ -7,7 +7,10 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -65,6 +68,28 @@ def test_progress_prints_plain_lines_where_there_is_no_terminal() -> None:
     assert "other" not in lines[1]
 
 
+def test_first_steps_are_told_apart_and_counted_from_the_start_of_the_process() -> None:
+    out = io.StringIO()
+    with Progress(total=1, console=Console(file=out, width=300), started=time.monotonic() - 100) as progress:
+        progress.resume(0)
+        for phase in ("evaluation", "rollout", "evaluation", "rollout"):
+            progress.phase(phase)
+            progress.rollout_step(0, 3)
+            progress.rollout_step(1, 3)
+    lines = out.getvalue().splitlines()
+    assert [line.rsplit(" after ")[0] for line in lines] == ["first evaluation step", "first rollout step"]
+    assert all(100 <= float(line.split()[-2]) < 110 for line in lines)
+
+
+def test_what_goes_wrong_shows_in_the_line_and_only_then() -> None:
+    fine = {"reward": 1.0, "groups_dropped": 0.0, "grad_norm": 2.0}
+    assert summary(fine, {}) == "reward 1.000"
+    assert "dropped 1 group" in summary(fine | {"groups_dropped": 1.0}, {})
+    line = summary(fine | {"groups_dropped": 3.0, "grad_norm": float("nan")}, {})
+    assert "dropped 3 groups" in line and "gradient norm nan" in line
+    assert "gradient norm inf" in summary(fine | {"grad_norm": float("inf")}, {})
+
+
 def test_progress_draws_a_bar_on_a_terminal() -> None:
     out = io.StringIO()
     with Progress(total=4, console=Console(file=out, force_terminal=True, width=200)) as progress:
@@ -99,6 +124,71 @@ def test_without_wandb_the_local_log_goes_on_after_one_notice(
     log.close()
     assert read(tmp_path) == [{"step": 1, "reward": 1.0}]
     assert capsys.readouterr().err.count("notice: wandb is not installed") == 1
+
+
+class FakeWandb(ModuleType):
+    """What of wandb a run uses; remembers what it is given, and fails at what it is told to."""
+
+    def __init__(self, fails: Sequence[str] = ()) -> None:
+        super().__init__("wandb")
+        self.fails, self.starts, self.logged = fails, list[dict[str, Any]](), list[tuple[dict[str, Any], Any]]()
+        self.Settings = self.Video = self.Image = lambda *a, **k: (a, k)
+        self.Html = lambda path, inject: Path(path).read_text()
+
+    def init(self, **given: Any) -> FakeWandb:
+        self.starts.append(given)
+        self._do("init")
+        self.id = given["id"] or f"new{len(self.starts)}"
+        return self
+
+    def log(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        self._do("log")
+        self.logged.append((metrics, step))
+
+    def finish(self) -> None:
+        self._do("finish")
+
+    def _do(self, what: str) -> None:
+        if what in self.fails:
+            raise RuntimeError(f"cannot {what}")
+
+
+def test_wandb_gets_videos_curves_and_report_and_a_resumed_run_goes_on_with_its_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    (tmp_path / "videos").mkdir()
+    for name, text in (("videos/00.mp4", ""), ("videos/00.png", ""), ("curves.png", ""), ("report.html", "<html>")):
+        (tmp_path / name).write_text(text)
+    log = Wandb().open(tmp_path, {"resume": False}, 0)
+    log.log(1, {"reward": 1.0})
+    log.results(tmp_path)
+    log.close()
+    (first, step), (media, _) = fake.logged
+    assert (first, step) == ({"reward": 1.0}, 1) and media["report"] == "<html>"
+    assert media["videos/00"] == ((str(tmp_path / "videos" / "00.mp4"),), {})
+    assert media["curves"] == ((str(tmp_path / "curves.png"),), {}) and len(media) == 3
+    for resume in (True, False):
+        Wandb().open(tmp_path, {"resume": resume}, 1)
+    assert [start["id"] for start in fake.starts] == [None, "new1", None]
+    assert {start["resume"] for start in fake.starts} == {"allow"}
+    assert {start["mode"] for start in fake.starts} == {"offline"}
+
+
+@pytest.mark.parametrize("fails", [["init"], ["log"], ["finish"], ["log", "finish"]])
+def test_a_failure_of_wandb_is_one_notice_and_the_local_log_goes_on(
+    fails: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandb(fails))
+    log = Wandb().open(tmp_path, {}, 0)
+    for step in (1, 2):
+        log.log(step, {"reward": 1.0})
+    log.results(tmp_path)
+    log.close()
+    assert [row["step"] for row in read(tmp_path)] == [1, 2]
+    error = capsys.readouterr().err
+    assert error.count("notice: wandb") == 1 and f"RuntimeError: cannot {fails[0]}" in error
 
 
 def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing() -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -15,9 +20,12 @@ from algorithms.pretraining.flow import FlowStage, build_transformer
 from algorithms.pretraining.towers import TowerStage, build_text, build_tokenizer, build_vision
 from algorithms.pretraining.vae import VAEStage, build_vae
 from data.sprites import vocabulary
+from data.video_files import read_frames
 from experiments.train import run
+from runtime import videos
 from runtime.config import CONF, Plan, as_trained, validate
 from runtime.session import Session
+from tests.test_clips import PATH, frame_folder, pixels
 
 CLIPS = Path(__file__).resolve().parents[2] / "shared" / "data" / "clips"
 
@@ -129,6 +137,80 @@ def test_a_run_leaves_its_results(model: Path, tmp_path: Path) -> None:
     assert found["truth"]["frechet"] == pytest.approx(0, abs=1e-6)
 
 
+def killed(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run until the first checkpoint is complete, and no further."""
+
+    def save(session: Session) -> None:
+        saved(session)
+        raise KeyboardInterrupt
+
+    saved = Session.save
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Session, "save", save)
+        run(plan)
+
+
+@pytest.mark.parametrize(("lost", "adaptation"), [("nothing", "attention"), ("results", "lora"), ("results", "full")])
+def test_a_resumed_run_compares_with_the_weights_that_it_started_from(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str, adaptation: str
+) -> None:
+    options = [f"adaptation={adaptation}", "optimizer.ema=0.5", "updates=2"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(plan(model, whole, *options))
+    killed(plan(model, parts, *options), monkeypatch)
+    if lost == "results":
+        (parts / "evaluation.json").unlink()
+        shutil.rmtree(parts / "samples")
+    run(plan(model, parts, *options, "resume=true"))
+    ours, theirs = (json.loads((folder / "evaluation.json").read_text()) for folder in (parts, whole))
+    assert [row["update"] for row in ours["curve"]] == [0, 2]
+    assert ours == theirs and ours["before"] != ours["after"]
+    assert history(parts) == history(whole)
+    for name in sorted(p.name for p in (whole / "samples").iterdir()):
+        a, b = (load_file(folder / "samples" / name) for folder in (parts, whole))
+        assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_an_evaluation_that_a_kill_left_out_is_made_once(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed(plan(model, tmp_path), monkeypatch)  # after the last checkpoint, before its evaluation
+    for _ in range(2):
+        run(plan(model, tmp_path, "resume=true"))
+    assert [row["step"] for row in history(tmp_path) if "eval/motion_error_px" in row] == [0, 1]
+    assert (tmp_path / "report.html").is_file()
+
+
+def test_a_run_that_begins_anew_keeps_no_row_of_the_one_before(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Session, "rollout", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        run(plan(model, tmp_path))
+    run(plan(model, tmp_path, "resume=true"))
+    assert [row["step"] for row in history(tmp_path)] == [0, 1, 1]
+
+
+def test_a_run_says_when_it_first_evaluated_and_first_rolled_out(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = plan(model, tmp_path)
+    run(replace(made, started=made.started - 1000))
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("first ")]
+    assert [line.split()[1] for line in lines] == ["evaluation", "rollout"]
+    seconds = [float(line.split()[-2]) for line in lines]
+    assert 1000 <= seconds[0] <= seconds[1]
+
+
+@pytest.mark.parametrize(("minibatches", "shown"), [(1, False), (2, True)])
+def test_clipping_shows_only_where_it_can_happen(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], minibatches: int, shown: bool
+) -> None:
+    run(plan(model, tmp_path, f"algorithm.minibatches={minibatches}"))
+    line = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("update 1/1"))
+    assert ("clipped" in line) == shown
+
+
 def test_acting_and_rescoring_agree_and_the_run_stops_where_they_do_not(model: Path, tmp_path: Path) -> None:
     made = plan(model, tmp_path / "run", "schedule=all", "rollout.window=1", "rollout.sink=1", "rollout.frames=4")
     session = Session(made.settings, made.config)
@@ -167,11 +249,46 @@ def test_evaluation_does_not_depend_on_the_run(model: Path, tmp_path: Path) -> N
     assert results[0] == results[1]
 
 
-@pytest.mark.skipif(not CLIPS.is_dir(), reason="the real clips are not here")
-def test_real_clips_run_to_the_end(model: Path, tmp_path: Path) -> None:
+def numbers(found: Any) -> list[float]:
+    """Every number in nested lists and mappings, and every text that stands for one."""
+    if isinstance(found, dict):
+        return [n for value in found.values() for n in numbers(value)]
+    if isinstance(found, list):
+        return [n for value in found for n in numbers(value)]
+    return [float(found)] if isinstance(found, (int, float)) or found in ("nan", "inf", "-inf") else []
+
+
+def drawn(path: Path) -> list[tuple[bool, bool]]:
+    """Whether the last frame of each panel of a comparison shows the asked, and the tracked path."""
+    frame = np.stack(list(read_frames(path)))[-1].astype(int)
+    width = (frame.shape[1] - 4 * videos.GAP) // 3
+    top = round(1.8 * (width // 18))
+    panels = [frame[top : top + width, videos.GAP + i * (width + videos.GAP) :][:, :width] for i in range(3)]
+    colours = (videos.ASKED, videos.TRACKED)
+    near = [[(np.abs(panel - colour).max(-1) < 60).sum() for colour in colours] for panel in panels]
+    return [(int(asked) > 5, int(tracked) > 5) for asked, tracked in near]
+
+
+@pytest.mark.parametrize(
+    "real",
+    [False, pytest.param(True, marks=pytest.mark.skipif(not CLIPS.is_dir(), reason="the real clips are not here"))],
+)
+def test_clips_without_tracks_run_to_a_report_that_shows_them(model: Path, tmp_path: Path, real: bool) -> None:
+    folder = CLIPS if real else tmp_path / "clips"
+    if not real:
+        for name, path in (("a", PATH), ("b", PATH.flip(0))):
+            frame_folder(folder, name, pixels(path))
     made = plan(
-        model, tmp_path / "run", "world=clips", f"world.folder={CLIPS}", "world.sizes=[16x16]", "evaluation.clips=2"
+        model, tmp_path / "run", "world=clips", f"world.folder={folder}", "world.sizes=[32x32]", "evaluation.clips=2"
     )
-    with pytest.warns(UserWarning, match="prompt cut to"):
+    with pytest.warns(UserWarning, match="prompt cut to" if real else "biased upwards"):
         run(made)
-    assert (tmp_path / "run" / "report.html").stat().st_size > 10_000
+    page = (tmp_path / "run" / "report.html").read_text()
+    shown = [base64.b64decode(data) for data in re.findall(r'src="data:video/mp4;base64,(\S+)"', page)]
+    made_videos = sorted((tmp_path / "run" / "videos").glob("*.mp4"))
+    assert len(made_videos) == 2 and shown == [path.read_bytes() for path in made_videos]
+    assert [drawn(path) for path in made_videos] == [[(True, True)] * 3] * 2
+    evaluation = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    found = numbers(evaluation) + numbers(history(tmp_path / "run"))
+    assert len(found) > 30 and np.isfinite(found).all()
+    assert evaluation["found_by"] == {"LucasKanade": 2} and "near 0 by construction" in page

@@ -12,6 +12,8 @@ from tracking.lucas_kanade import LucasKanade
 if TYPE_CHECKING:
     from tracking.trajectory import Trajectory
 
+# Who followed the points: the same tracker as a judge agrees with itself.
+FOUND_BY = LucasKanade.__name__
 # A point is reliable when the tracker sees it in this share of the frames.
 RELIABLE = 0.8
 # Corners looked at per clip, and how far from the frame's edge and from each other points are, in pixels.
