@@ -72,6 +72,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         *,
         causality: Causality,
         image: Tensor | None = None,
+        history_sigma: Tensor | None = None,
     ) -> Tensor:
         """Velocities of all frames at once, each given the clean frames before its chunk (teacher forcing).
 
@@ -82,11 +83,13 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             text: `[B, L, D]`.
             causality: what a frame sees.
             image: image tokens `[B, I, E]` for models that have an image embedder.
+            history_sigma: noise level of the history `[B, M]`; None: 0, finished frames (otherwise diffusion forcing).
 
         Returns:
             Velocity `[B, M, C, h, w]`.
         """
-        return self(clean, noisy, sigma, text, causality=causality, image=image, mode="parallel")
+        rest = {"causality": causality, "image": image, "history_sigma": history_sigma}
+        return self(clean, noisy, sigma, text, **rest, mode="parallel")
 
     def cached(
         self,
@@ -156,6 +159,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         *,
         causality: Causality,
         image: Tensor | None = None,
+        history_sigma: Tensor | None = None,
     ) -> Tensor:
         count, _, height, width = noisy.shape[1:]
         # Nothing attends to the last chunk's clean frames, and clean frames never attend to noisy ones: the
@@ -171,7 +175,8 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         if past:
             mask = attention_mask(causality, history, history, per_frame, device)
             with torch.set_grad_enabled(torch.is_grad_enabled() and causality.history_gradient):
-                prefixes = self._history(clean[:, :past], text, image, mask)
+                level = torch.zeros_like(sigma) if history_sigma is None else history_sigma
+                prefixes = self._history(clean[:, :past], level[:, :past], text, image, mask)
         mask = attention_mask(causality, present, history + present, per_frame, device)
         attentions = [PrefixAttention(mask, prefix) for prefix in prefixes]
         rotations = self._rotations(0, count, height, width)
@@ -179,13 +184,13 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         return self._frames(out, count, height, width)
 
     def _history(
-        self, clean: Tensor, text: Tensor, image: Tensor | None, mask: Any
+        self, clean: Tensor, sigma: Tensor, text: Tensor, image: Tensor | None, mask: Any
     ) -> list[tuple[Tensor, Tensor] | None]:
-        """Keys and values of every layer of clean frames `[B, E, C+Cc, h, w]` at sigma 0."""
-        batch, count, _, height, width = clean.shape
+        """Keys and values of every layer of the history `[B, E, C+Cc, h, w]` at noise levels `sigma [B, E]`."""
+        count, _, height, width = clean.shape[1:]
         attentions = [PrefixAttention(mask) for _ in self.blocks]
         rotations = self._rotations(0, count, height, width)
-        self._blocks(self._tokens(clean), clean.new_zeros(batch, count), rotations, attentions, text, image)
+        self._blocks(self._tokens(clean), 1000 * sigma, rotations, attentions, text, image)
         return [attention.own for attention in attentions]
 
     def _cached(

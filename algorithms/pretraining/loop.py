@@ -80,7 +80,7 @@ def optimise(
 
     weights = list(parameters)
     steppers = optimizers(weights, matrices, fit)
-    begin = _restore(state, weights, steppers, ema)
+    begin = restore(state, weights, steppers, ema)
     started = time.perf_counter()
     for step in range(begin, fit.steps):
         for group in (group for optimizer in steppers for group in optimizer.param_groups):
@@ -97,10 +97,11 @@ def optimise(
             values = " ".join(f"{k} {v:.4f}" for k, v in {"loss": loss.item(), **extra}.items())
             report(f"{name} {step}/{fit.steps} {values} {time.perf_counter() - started:.0f}s")
         if state is not None and (step + 1) % 500 == 0:
-            _keep(state, step + 1, weights, steppers, ema)
+            keep(state, step + 1, weights, steppers, ema)
 
 
-def _keep(state: Path, step: int, weights: list[nn.Parameter], steppers: list[Optimizer], ema: EMA | None) -> None:
+def keep(state: Path, step: int, weights: list[nn.Parameter], steppers: list[Optimizer], ema: EMA | None) -> None:
+    """Write everything that training goes on from, whole or not at all."""
     import torch
 
     content = {
@@ -113,8 +114,8 @@ def _keep(state: Path, step: int, weights: list[nn.Parameter], steppers: list[Op
     state.with_suffix(".new").replace(state)
 
 
-def _restore(state: Path | None, weights: list[nn.Parameter], steppers: list[Optimizer], ema: EMA | None) -> int:
-    """Put back what `_keep` wrote; return the step to go on with."""
+def restore(state: Path | None, weights: list[nn.Parameter], steppers: list[Optimizer], ema: EMA | None) -> int:
+    """Put back what `keep` wrote; return the step to go on with."""
     import torch
 
     if state is None or not state.is_file():

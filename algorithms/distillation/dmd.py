@@ -1,0 +1,167 @@
+"""Distribution matching with an adversary: the last stage of the student (AR-Drag section 3.2, Algorithm 1)."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from algorithms.distillation.losses import (
+    discriminator_loss,
+    dmd_loss,
+    flow_matching_loss,
+    generator_loss,
+    gradient_penalty,
+)
+from algorithms.distillation.rollouts import Generated, Student
+from algorithms.distillation.scores import Discriminator, Noise, predict_x0
+from algorithms.distillation.settings import DMD
+from algorithms.distillation.warmup import Teacher
+from algorithms.pretraining.loop import keep, restore
+from policies.causal_dit import CausalWanTransformer3DModel
+from policies.ema import EMA
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from algorithms.distillation.strategies import Strategy
+
+Metrics = dict[str, float]
+
+
+@dataclass
+class Players:
+    """Who trains: the student against the fake score and the discriminator; and the teacher, who does not.
+
+    Attributes:
+        student: the causal model.
+        fake: bidirectional, learns the distribution of the student's clips.
+        judge: the discriminator.
+        teacher: the real score.
+    """
+
+    student: CausalWanTransformer3DModel
+    fake: CausalWanTransformer3DModel
+    judge: Discriminator
+    teacher: Teacher
+
+
+class DistributionMatching:
+    """Generator and critic steps. Each is a function of the weights and the step's number.
+
+    Args:
+        players: see `Players`.
+        settings: see `DMD`.
+        strategy: how the student makes clips.
+        begin: the student at the start of the clips of a draw, by its number.
+        seed: of the noise that clips are judged under.
+    """
+
+    def __init__(
+        self, players: Players, settings: DMD, strategy: Strategy, begin: Callable[[int], Student], seed: int
+    ) -> None:
+        self.players, self.settings, self.strategy, self.begin, self.seed = players, settings, strategy, begin, seed
+        s = settings
+        self.weights = [p for p in players.student.parameters() if p.requires_grad]
+        self.critics = [*players.fake.parameters(), *players.judge.parameters()]
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(self.weights, lr=s.lr, betas=(s.betas[0], s.betas[1]), weight_decay=0.0),
+            torch.optim.AdamW(self.critics, lr=s.critic_lr, betas=(s.betas[0], s.betas[1]), weight_decay=0.0),
+        ]
+        self.ema = EMA(players.student, s.ema)
+
+    def generator_step(self, draw: int) -> Metrics:
+        """Move the student: DMD + weight x adversarial."""
+        student = self.begin(draw)
+        made = self.strategy(student)
+        noise = Noise.draw(made.x0, (self.seed, 11, draw), self.settings.shift)
+        loss, metrics = self._generator_loss(student, made, noise)
+        self._descend(loss, self.weights, self.optimizers[0])
+        self.ema.update()
+        return metrics
+
+    def critic_step(self, draw: int) -> Metrics:
+        """Move the fake score by flow matching on the student's clips, and the discriminator."""
+        student = self.begin(draw)
+        with torch.no_grad():
+            made = self.strategy(student)
+        noise = Noise.draw(made.x0, (self.seed, 12, draw), self.settings.shift)
+        disturbance = Noise.draw(made.x0, (self.seed, 13, draw), self.settings.shift).eps
+        loss, metrics = self._critic_loss(student, made, noise, disturbance)
+        self._descend(loss, self.critics, self.optimizers[1])
+        return metrics
+
+    def _generator_loss(self, student: Student, made: Generated, noise: Noise) -> tuple[Tensor, Metrics]:
+        s, (condition, text) = self.settings, (student.state["condition"], student.state["text"])
+        with torch.no_grad():
+            x = noise.on(made.x0)
+            real = self.players.teacher.x0(x, noise.sigma, condition, text)
+            fake = predict_x0(self.players.fake, x, noise.sigma, condition, text)
+        loss, metrics = dmd_loss(made.x0, real, fake, made.mask)
+        if s.adversarial > 0:
+            logits = self.players.judge(noise.on(made.x0), noise.sigma, condition, text)
+            against, more = generator_loss(logits[made.mask])
+            loss, metrics = loss + s.adversarial * against, {**metrics, **more}
+        return loss, {k: float(v) for k, v in metrics.items()}
+
+    def _critic_loss(
+        self, student: Student, made: Generated, noise: Noise, disturbance: Tensor
+    ) -> tuple[Tensor, Metrics]:
+        s, (condition, text) = self.settings, (student.state["condition"], student.state["text"])
+        x = noise.on(made.x0)
+        level = noise.sigma[..., None, None, None]
+        v = (x - predict_x0(self.players.fake, x, noise.sigma, condition, text)) / level
+        loss, metrics = flow_matching_loss(v, made.x0, noise.eps, made.mask)
+        if s.adversarial > 0:
+            against, more = self._discrimination(student, made, noise, disturbance)
+            loss, metrics = loss + s.discriminator * against, {**metrics, **more}
+        return loss, {k: float(v) for k, v in metrics.items()}
+
+    def _discrimination(
+        self, student: Student, made: Generated, noise: Noise, disturbance: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The discriminator's loss; true and generated clips are under the same noise."""
+        s, (condition, text) = self.settings, (student.state["condition"], student.state["text"])
+
+        def logits(x: Tensor) -> Tensor:
+            return self.players.judge(x, noise.sigma, condition, text)[made.mask]
+
+        true, false = noise.on(student.truth), noise.on(made.x0)
+        on_true, on_false = logits(true), logits(false)
+        loss, metrics = discriminator_loss(on_true, on_false)
+        for weight, x, before in ((s.r1, true, on_true), (s.r2, false, on_false)):
+            if weight > 0:
+                penalty, more = gradient_penalty(before, logits(x + s.penalty_std * disturbance), s.penalty_std)
+                loss, metrics = loss + weight * penalty, {**metrics, **more}
+        return loss, metrics
+
+    def _descend(self, loss: Tensor, weights: Iterable[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, self.settings.clip)
+        optimizer.step()
+
+    def train(self, report: Callable[[str], None], state: Path | None = None) -> CausalWanTransformer3DModel:
+        """Run all critic steps, with a generator step before every `generator_every`-th; return averaged weights."""
+        s, everything = self.settings, [*self.weights, *self.critics]
+        first = restore(state, everything, self.optimizers, self.ema)
+        began, metrics = time.perf_counter(), dict[str, float]()
+        for step in range(first, s.steps):
+            for optimizer, peak in zip(self.optimizers, (s.lr, s.critic_lr), strict=True):
+                for group in optimizer.param_groups:
+                    group["lr"] = peak * min(1.0, (step + 1) / s.warmup)
+            if step % s.generator_every == 0:
+                metrics |= self.generator_step(2 * step)
+            metrics |= self.critic_step(2 * step + 1)
+            if step % 50 == 0 or step == s.steps - 1:
+                text = " ".join(f"{k} {v:.4f}" for k, v in metrics.items())
+                report(f"dmd {step}/{s.steps} {text} {time.perf_counter() - began:.0f}s")
+            if state is not None and (step + 1) % 250 == 0:
+                keep(state, step + 1, everything, self.optimizers, self.ema)
+        with self.ema.swap():
+            return copy.deepcopy(self.players.student)

@@ -1,0 +1,117 @@
+"""The bidirectional model: image-to-video without control, then fine-tuned to follow a drag (AR-Drag Eq. 7).
+
+A bidirectional pass is the parallel pass with one chunk that covers the clip: diffusers' own forward, to rounding.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from algorithms.distillation.losses import flow_matching_loss
+from algorithms.distillation.settings import FineTune, Shape
+from algorithms.pretraining.flow import LatentPool, matrices, noised
+from algorithms.pretraining.loop import Fit, optimise
+from data.draws import Stream, generator, seed_of
+from envs.control import MASK_CHANNELS
+from policies.causal_dit import CausalWanTransformer3DModel
+from policies.causality import Causality
+from policies.ema import EMA
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def bidirectional(frames: int) -> Causality:
+    """The rule under which every frame sees every other: one chunk."""
+    return Causality(chunk=frames, window=0)
+
+
+def build_initial(shape: Shape, channels: int, text_dim: int, seed: int) -> CausalWanTransformer3DModel:
+    """A freshly initialised image-to-video transformer without control: noise, mask and reference on its channels."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed_of(Stream.TRAINING, seed))
+        return CausalWanTransformer3DModel(
+            patch_size=(1, 2, 2),
+            num_attention_heads=shape.heads,
+            attention_head_dim=shape.dim // shape.heads,
+            in_channels=channels + MASK_CHANNELS + channels,
+            out_channels=channels,
+            text_dim=text_dim,
+            freq_dim=shape.freq_dim,
+            ffn_dim=shape.ffn,
+            num_layers=shape.layers,
+            rope_max_seq_len=shape.frames,
+        )
+
+
+def add_control(model: CausalWanTransformer3DModel) -> CausalWanTransformer3DModel:
+    """A copy whose patch embedding takes the control latent too, through weights that start at zero: the same function.
+
+    Raises:
+        ValueError: the model has control already.
+    """
+    old, channels = model.config, model.config.out_channels
+    plain = 2 * channels + MASK_CHANNELS
+    if old.in_channels != plain:
+        raise ValueError(f"a model without control takes {plain} channels, this one {old.in_channels}")
+    wide = type(model)(**{**old, "in_channels": plain + channels}).to(model.dtype)
+    weights = {k: v.clone() for k, v in model.state_dict().items()}
+    embedding = weights["patch_embedding.weight"]
+    extra = embedding.new_zeros(embedding.shape[0], channels, *embedding.shape[2:])
+    weights["patch_embedding.weight"] = torch.cat([embedding, extra], 1)
+    wide.load_state_dict(weights)
+    return wide
+
+
+def velocity(model: CausalWanTransformer3DModel, x: Tensor, sigma: Tensor, condition: Tensor, text: Tensor) -> Tensor:
+    """Bidirectional velocity `[B, M, C, h, w]` of noisy frames at noise levels `sigma [B, M]`.
+
+    A model without control is given the condition without its last channels.
+    """
+    inputs = torch.cat([x, condition[:, :, : model.config.in_channels - x.shape[2]]], 2)
+    return model.parallel(inputs, inputs, sigma, text, causality=bidirectional(x.shape[1]))
+
+
+def finetune(
+    pools: list[LatentPool],
+    stage: FineTune,
+    model: CausalWanTransformer3DModel,
+    negative: Tensor,
+    seed: int = 0,
+    report: Callable[[str], None] = print,
+    state: Path | None = None,
+) -> CausalWanTransformer3DModel:
+    """Train `model` in place by flow matching on clips of every frame size in turn; return the averaged weights.
+
+    Args:
+        pools: encoded clips, one pool per frame size.
+        stage: settings.
+        model: whatever of it requires gradient trains.
+        negative: embedding of the shared negative prompt, `[1, L, D]`.
+        seed: of clips and noise.
+        report: takes a line of progress.
+        state: see `optimise`.
+    """
+    ema = EMA(model, stage.ema)
+
+    def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
+        x0, condition, text = pools[step % len(pools)].sample((seed, 7, step), stage.batch)
+        rng = generator(Stream.TRAINING, seed, 8, step)
+        dropped = torch.from_numpy(rng.uniform(size=len(x0)) < stage.text_dropout)
+        text = torch.where(dropped[:, None, None], negative, text)
+        u = torch.from_numpy(rng.uniform(size=(len(x0), 1))).float()
+        sigma = (stage.shift * u / (1 + (stage.shift - 1) * u)).expand(x0.shape[:2])
+        eps = torch.from_numpy(rng.standard_normal(tuple(x0.shape), dtype="float32"))
+        v = velocity(model, noised(x0, eps, sigma), sigma, condition, text)
+        return flow_matching_loss(v, x0, eps)[0], {}
+
+    trained = [p for p in model.parameters() if p.requires_grad]
+    hidden = [p for p in matrices(model) if p.requires_grad]
+    optimise(trained, Fit(stage.steps, stage.lr), loss_of, "finetune", report, ema, hidden, state)
+    with ema.swap():
+        return copy.deepcopy(model)

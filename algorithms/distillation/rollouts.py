@@ -1,0 +1,148 @@
+"""Rollouts of the student in training (AR-Drag Algorithm 1).
+
+All end in one parallel pass with gradient, over frames at their exit step given a history without gradient. That is the
+gradient of the frame-by-frame passes with a bounded, detached cache, in one forward; nothing can leak through a cache,
+and gradient checkpointing has no cache to disagree with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from algorithms.pretraining.flow import noised
+from data.draws import Stream, generator
+from envs.transitions import Transition
+from policies.causal_dit import CausalWanTransformer3DModel
+from policies.causality import Causality
+from policies.sampler import act, generate
+
+
+@dataclass(frozen=True)
+class Student:
+    """The student at the start of a batch of clips.
+
+    Attributes:
+        network: the causal model.
+        kernel: of the steps that `state["stochastic"]` marks; `CPS(eta=1)` re-noises as Algorithm 1 does.
+        causality: chunk, window and sink; history carries no gradient, whatever it says.
+        state: an episode's start (`envs.ar_video.start`).
+        truth: the true frames `[B, M, C, h, w]`.
+    """
+
+    network: CausalWanTransformer3DModel
+    kernel: Transition
+    causality: Causality
+    state: TensorDictBase
+    truth: Tensor
+
+    def predict(self, history: Tensor, x: Tensor, sigma: Tensor, history_sigma: Tensor | None = None) -> Tensor:
+        """Predict x0 `[B, M, C, h, w]` of frames x at noise levels `sigma [B, M]`, given a history."""
+        rule = replace(self.causality, history_gradient=False)
+        clean, noisy = (torch.cat([frames.detach(), self.state["condition"]], 2) for frames in (history, x))
+        v = self.network.parallel(clean, noisy, sigma, self.state["text"], causality=rule, history_sigma=history_sigma)
+        return x.detach() - sigma[..., None, None, None] * v
+
+    def levels(self, steps: Tensor) -> Tensor:
+        """Noise levels `[B, M]` before the given steps."""
+        return self.state["sigma"].gather(2, steps[..., None])[..., 0]
+
+
+class Generated(NamedTuple):
+    """What the student made.
+
+    Attributes:
+        x0: its predictions at the exit steps, with gradient, `[B, M, C, h, w]`.
+        frames: what later frames saw, `[B, M, C, h, w]`.
+        exits: the exit steps, `[B, M]`.
+        mask: frames whose prediction the loss counts, `[B, M]` bool.
+    """
+
+    x0: Tensor
+    frames: Tensor
+    exits: Tensor
+    mask: Tensor
+
+
+def exit_steps(student: Student, scope: str) -> Tensor:
+    """Draw exit steps s in {0 .. N-1}, uniform: `[B, M]`, one for a video or one for every chunk of it.
+
+    Keyed by the state's (seed, iteration, prompt, sample), so that a rollout is a function of its key.
+    """
+    state, chunk = student.state, student.causality.chunk
+    frames, steps = state["stochastic"].shape[1:]
+    chunks = -(-frames // chunk)
+    rows = []
+    for key in state["key"].tolist():
+        drawn = generator(Stream.TRAINING, *key, 9).integers(steps, size=1 if scope == "per_video" else chunks)
+        rows.append(torch.from_numpy(drawn).expand(chunks).repeat_interleave(chunk)[:frames])
+    return torch.stack(rows).to(state["sigma"].device)
+
+
+def at_exits(student: Student, exits: Tensor, collapse: bool) -> Generated:
+    """Roll out without gradient, then predict every frame at its exit step, given the finished frames, with gradient.
+
+    Args:
+        student: see `Student`.
+        exits: `[B, M]`, the same for all frames of a chunk.
+        collapse: end a frame with its prediction at the exit step (Self-Forcing); otherwise it goes on to noise
+            level 0 (Self-Rollout).
+    """
+    ends = exits if collapse else None
+    chain = generate(student.network, student.kernel, student.causality, student.state, collapse=ends).latents
+    frames, x = chain[:, :, -1], chain.take_along_dim(exits[..., None, None, None, None], 2).squeeze(2)
+    x0 = student.predict(frames, x, student.levels(exits))
+    return Generated(x0, frames, exits, torch.ones_like(exits, dtype=torch.bool))
+
+
+def on_truth(student: Student, exits: Tensor) -> Generated:
+    """Denoise every frame to its exit step given the true history, and predict it there (teacher forcing)."""
+    x = student.state["latents"]
+    for n in range(int(exits.max())):
+        with torch.no_grad():
+            moved = _step(student, x, n)
+        x = torch.where((exits > n)[..., None, None, None], moved, x)
+    x0 = student.predict(student.truth, x, student.levels(exits))
+    return Generated(x0, student.truth, exits, torch.ones_like(exits, dtype=torch.bool))
+
+
+def on_noised_truth(student: Student, exits: Tensor) -> Generated:
+    """Predict noised true frames given noised true frames, each at the level of its own exit step."""
+    sigma = student.levels(exits)
+    x = noised(student.truth, student.state["latents"], sigma)
+    x0 = student.predict(x, x, sigma, history_sigma=sigma)
+    return Generated(x0, x, exits, torch.ones_like(exits, dtype=torch.bool))
+
+
+def window(student: Student, frames: int) -> Tensor:
+    """A random window of `frames` frames that begins with a chunk: `[B, M]` bool, the same for all samples.
+
+    Raises:
+        ValueError: the clips are shorter.
+    """
+    shape, chunk = student.state["stochastic"].shape[:2], student.causality.chunk
+    places = (shape[1] - frames) // chunk + 1
+    if places < 1:
+        raise ValueError(f"strategy.frames={frames}, but clips have {shape[1]} latent frames; make it smaller")
+    rng = generator(Stream.TRAINING, *student.state["key"][0].tolist(), 10)
+    first = int(rng.integers(places)) * chunk
+    mask = torch.zeros(shape, dtype=torch.bool, device=student.truth.device)
+    mask[:, first : first + frames] = True
+    return mask
+
+
+def _step(student: Student, x: Tensor, n: int) -> Tensor:
+    """Take step n of all frames at once, given the true history."""
+    state, frames = student.state, range(x.shape[1])
+    now, later, chosen = state["sigma"][..., n], state["sigma"][..., n + 1], state["stochastic"][..., n]
+    v = (x - student.predict(student.truth, x, now)) / now[..., None, None, None]
+    keys = state["key"].tolist()
+    moved = [
+        act(student.kernel, x[:, m], v[:, m], now[:, m], later[:, m], chosen[:, m], [(*key, m, n) for key in keys])[0]
+        for m in frames
+    ]
+    return torch.stack(moved, 1)
