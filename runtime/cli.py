@@ -14,6 +14,7 @@ import re
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -63,6 +64,8 @@ def main(config_name: str, run: Callable[[Plan], None], prepare: Prepare = lambd
             made yet.
         prepare: see `Prepare`.
     """
+    # One line for people; where in the code it was raised says nothing to them.
+    warnings.formatwarning = lambda message, *where, **more: f"warning: {message}\n"
     options, overrides = _arguments()
     if options.config_dir is not None:
         # a scratch folder holds its Python file beside its YAML

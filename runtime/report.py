@@ -200,6 +200,7 @@ def _value(key: str, row: Mapping[str, Any]) -> str:
     if value is None:
         return "n/a"
     style = ".2f" if METRICS.get(key, ("", "", ""))[1] in ("px", "share") else "#.4g"
+    style = ".4f" if abs(value) < 1e-3 else style  # rounding, such as the distance of a thing to itself
     return f"{value:{style}}" + (f" ± {spread:{style}}" if spread is not None else "")
 
 

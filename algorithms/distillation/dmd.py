@@ -146,8 +146,19 @@ class DistributionMatching:
         torch.nn.utils.clip_grad_norm_(weights, self.settings.clip)
         optimizer.step()
 
-    def train(self, report: Callable[[str], None], state: Path | None = None) -> CausalWanTransformer3DModel:
-        """Run all critic steps, with a generator step before every `generator_every`-th; return averaged weights."""
+    def train(
+        self, report: Callable[[str], None], state: Path | None = None, every: int = 250
+    ) -> CausalWanTransformer3DModel:
+        """Run all critic steps, with a generator step before every `generator_every`-th.
+
+        Args:
+            report: takes a line of progress.
+            state: file that is written every `every` steps; where it exists, training goes on from it.
+            every: see `state`.
+
+        Returns:
+            The student with its averaged weights.
+        """
         s, everything = self.settings, [*self.weights, *self.critics]
         first = restore(state, everything, self.optimizers, self.ema)
         began, metrics = time.perf_counter(), dict[str, float]()
@@ -161,7 +172,7 @@ class DistributionMatching:
             if step % 50 == 0 or step == s.steps - 1:
                 text = " ".join(f"{k} {v:.4f}" for k, v in metrics.items())
                 report(f"dmd {step}/{s.steps} {text} {time.perf_counter() - began:.0f}s")
-            if state is not None and (step + 1) % 250 == 0:
+            if state is not None and (step + 1) % every == 0:
                 keep(state, step + 1, everything, self.optimizers, self.ema)
         with self.ema.swap():
             return copy.deepcopy(self.players.student)

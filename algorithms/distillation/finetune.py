@@ -59,7 +59,8 @@ def add_control(model: CausalWanTransformer3DModel) -> CausalWanTransformer3DMod
     plain = 2 * channels + MASK_CHANNELS
     if old.in_channels != plain:
         raise ValueError(f"a model without control takes {plain} channels, this one {old.in_channels}")
-    wide = type(model)(**{**old, "in_channels": plain + channels}).to(model.dtype)
+    wide = type(model)(**{**old, "in_channels": plain + channels})
+    wide = wide if model.dtype == wide.dtype else wide.to(model.dtype)
     weights = {k: v.clone() for k, v in model.state_dict().items()}
     embedding = weights["patch_embedding.weight"]
     extra = embedding.new_zeros(embedding.shape[0], channels, *embedding.shape[2:])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from algorithms.distillation.finetune import velocity
 from algorithms.pretraining.flow import noised
-from data.draws import Stream, generator
+from data.draws import Stream, generator, seed_of
 from policies.causal_dit import CausalWanTransformer3DModel
 
 
@@ -85,20 +85,25 @@ class Discriminator(nn.Module):
         teacher: frozen; it is not a part of this module, so that only the head trains and is saved.
         layers: blocks whose outputs are read.
         width: hidden width of the head.
+        seed: of the head's first weights.
 
     Raises:
         ValueError: the teacher has no such block.
     """
 
-    def __init__(self, teacher: CausalWanTransformer3DModel, layers: Sequence[int], width: int = 64) -> None:
+    def __init__(
+        self, teacher: CausalWanTransformer3DModel, layers: Sequence[int], width: int = 64, seed: int = 0
+    ) -> None:
         super().__init__()
         if not layers or max(layers) >= len(teacher.blocks) or min(layers) < 0:
             raise ValueError(f"dmd.layers={list(layers)}: the teacher has blocks 0 .. {len(teacher.blocks) - 1}")
         self._teacher, self.layers = [teacher], tuple(layers)
         dim = teacher.config.num_attention_heads * teacher.config.attention_head_dim
-        self.heads = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, width), nn.SiLU(), nn.Linear(width, 1)) for _ in layers
-        )
+        with torch.random.fork_rng():
+            torch.manual_seed(seed_of(Stream.TRAINING, seed, 14))
+            self.heads = nn.ModuleList(
+                nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, width), nn.SiLU(), nn.Linear(width, 1)) for _ in layers
+            )
 
     def forward(self, x: Tensor, sigma: Tensor, condition: Tensor, text: Tensor) -> Tensor:
         """Logits `[B, M]` of noised clips; positive says real. Gradient flows to `x` through the teacher."""
