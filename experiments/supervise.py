@@ -7,31 +7,37 @@ from the student, on clips that no stage has seen, and evaluates before and afte
 
 from __future__ import annotations
 
-import json
-import time
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from runtime.cli import main, setup_phase
 from runtime.config import Plan
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from policies.causal_dit import CausalWanTransformer3DModel
+    from runtime.session import Session
 
 # Clips 0 .. 2047 trained the student; these are fresh.
 FIRST_CLIP = 100_000
 
 
 def run(plan: Plan) -> None:
-    """Train, evaluate, and write `evaluation.json` and a checkpoint into `run_dir`."""
-    from algorithms.pretraining.flow import WEAK_TRACKS, encode_pool, train_few_step
+    """Train, evaluate, and write `evaluation.json` and the transformer into `run_dir`."""
     from runtime.session import Session
+    from runtime.supervised import conclude
 
-    settings = plan.settings
     with setup_phase():
-        session = Session(settings, plan.config)
-    if session.iteration >= settings.updates:
-        print(f"done already: {session.run_dir / 'evaluation.json'}")
-        return
-    before, _ = session.evaluate()
-    networks = session.episodes.networks
-    began = time.time()
+        session = Session(plan.settings, plan.config)
+    conclude(session, lambda work: train(session, work))
+
+
+def train(session: Session, work: Path) -> CausalWanTransformer3DModel:
+    """Run the last stage from the session's transformer on fresh clips."""
+    from algorithms.pretraining.flow import WEAK_TRACKS, encode_pool, train_few_step
+
+    settings, networks = session.settings, session.episodes.networks
     sigmas, clips = list(settings.rollout.sigmas), WEAK_TRACKS.pool
     stage = replace(WEAK_TRACKS, seed=2 + settings.seed, sigmas=sigmas, steps=settings.updates)
     first = FIRST_CLIP + settings.seed * clips
@@ -39,22 +45,7 @@ def run(plan: Plan) -> None:
         encode_pool(settings.world, networks.video, networks.text, bucket, clips, first, stage.track_noise)
         for bucket in settings.world.buckets
     ]
-    state = session.run_dir / "training.pt"
-    session.run_dir.mkdir(parents=True, exist_ok=True)
-    if not settings.resume:
-        state.unlink(missing_ok=True)
-    student = train_few_step(pools, stage, networks.transformer, lambda line: print(line, flush=True), state)
-    networks.transformer.load_state_dict(student.state_dict())
-    seconds = time.time() - began
-    after, _ = session.evaluate()
-    result = {"before": before, "after": after, "seconds": round(seconds), "updates": settings.updates}
-    (session.run_dir / "evaluation.json").write_text(json.dumps(result, indent=1))
-    session.iteration = settings.updates
-    session.save()
-    state.unlink(missing_ok=True)
-    print(
-        f"held-out motion error {before['motion_error_px']:.3f} -> {after['motion_error_px']:.3f} px in {seconds:.0f} s"
-    )
+    return train_few_step(pools, stage, networks.transformer, print, work / "state.pt")
 
 
 if __name__ == "__main__":

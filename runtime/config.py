@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,8 @@ def validate(cfg: DictConfig) -> Plan:
     if settings.checkpoint is not None:
         _same_model(Path(settings.checkpoint), config)
     settings.model.check(settings.rollout.frames)
+    if hasattr(settings.stage, "teacher"):
+        replace(settings.model, transformer=settings.stage.teacher).check(settings.rollout.frames)
     return Plan(settings, config)
 
 

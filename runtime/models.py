@@ -24,7 +24,8 @@ class Pretrained:
         path: the folder; relative paths are tried from the working directory, then from this repository.
         control: how a dragged path is drawn before the VAE encodes it: `presence` keeps "no force" and "not
             asked" apart, `grayscale` is the paper's single plane.
-        transformer: which transformer in the folder: `transformer` (the few-step student) or `teacher` (many steps).
+        transformer: which transformer in the folder: `transformer` (the few-step student) or `teacher` (many steps); or
+            a folder of its own, such as outputs/distill/<run>/transformer.
         text_length: tokens a prompt is padded to.
     """
 
@@ -45,6 +46,12 @@ class Pretrained:
         here = Path(self.path).expanduser()
         return (here if here.exists() else ROOT / here).resolve()
 
+    @property
+    def network(self) -> Path:
+        """The transformer's folder."""
+        own = Path(self.transformer).expanduser()
+        return own.resolve() if (own / "config.json").is_file() else self.folder / self.transformer
+
     def check(self, frames: int = 1) -> None:
         """Look whether the networks are there and fit the settings, without loading them.
 
@@ -55,12 +62,10 @@ class Pretrained:
             FileNotFoundError: a part is missing.
             ValueError: the model was trained on another control, or cannot make clips of this length.
         """
-        for part in (self.transformer, "vae", "text_encoder"):
-            if not (self.folder / part / "config.json").is_file():
-                raise FileNotFoundError(
-                    f"model.path={self.path}: {self.folder / part} has no config.json; train it with `make tiny`"
-                )
-        longest = json.loads((self.folder / self.transformer / "config.json").read_text()).get("rope_max_seq_len")
+        for part in (self.network, self.folder / "vae", self.folder / "text_encoder"):
+            if not (part / "config.json").is_file():
+                raise FileNotFoundError(f"model.path={self.path}: {part} has no config.json; train it with `make tiny`")
+        longest = json.loads((self.network / "config.json").read_text()).get("rope_max_seq_len")
         if longest is not None and frames > longest:
             raise ValueError(
                 f"rollout.frames={frames}: the rotary table of {self.path}/{self.transformer} has {longest} frames; "

@@ -56,7 +56,7 @@ def load_networks(model: Pretrained, device: str) -> Networks:
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     folder = model.folder
-    transformer = CausalWanTransformer3DModel.from_pretrained(folder / model.transformer, local_files_only=True)
+    transformer = CausalWanTransformer3DModel.from_pretrained(model.network, local_files_only=True)
     video = VideoCodec(AutoencoderKLWan.from_pretrained(folder / "vae", local_files_only=True))
     expected = video.channels + MASK_CHANNELS + 2 * video.channels
     if transformer.config.in_channels != expected:

@@ -201,6 +201,8 @@ class Settings:
         tracker: finds the motion that is rewarded.
         engine: how an update runs on the hardware.
         logger: where metrics go, beside the run's folder.
+        stage: what `finetune.py` and `distill.py` do; other experiments have none.
+        strategy: how `distill.py` makes the clips that its loss is computed on.
     """
 
     seed: int
@@ -224,6 +226,8 @@ class Settings:
     tracker: Component
     engine: Component
     logger: Component
+    stage: Component = None
+    strategy: Component = None
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**63, f"seed must lie in 0 .. 2^63 - 1, got {self.seed}")

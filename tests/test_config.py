@@ -35,7 +35,7 @@ from runtime.settings import Settings
 
 PRIMARIES = sorted(p.stem for p in CONF.glob("*.yaml") if p.stem != "config")
 CHOICES = [(g, p.stem) for g in explain.groups() for p in sorted((CONF / g).glob("*.yaml"))]
-ADDED = ("recipe", "debug")  # groups without a default: +recipe=paper
+ADDED = ("recipe", "debug", "stage", "strategy")  # groups without a default in train.yaml: +recipe=paper
 REFUSED_ALONE = {
     ("schedule", "none"): "nothing to learn",
     ("transition", "ode"): "no stochastic steps",

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from algorithms.distillation import strategies, warmup
 from algorithms.distillation.dmd import DistributionMatching, Players
-from algorithms.distillation.finetune import add_control, bidirectional, build_initial, finetune, velocity
+from algorithms.distillation.finetune import add_control, bidirectional, finetune, fresh, velocity
 from algorithms.distillation.rollouts import Generated, Student, at_exits, exit_steps, on_truth
 from algorithms.distillation.scores import Discriminator, Noise, guided_x0, predict_x0
-from algorithms.distillation.settings import DMD, FineTune, Shape
+from algorithms.distillation.settings import DMD, FineTune
 from algorithms.distillation.warmup import Teacher
 from algorithms.pretraining.flow import LatentPool
 from envs.ar_video import start
@@ -34,8 +34,18 @@ SHORT = Causality(window=2)
 
 def network(seed: int = 0, control: bool = True) -> CausalWanTransformer3DModel:
     """A very small model with weights far from zero."""
-    model = build_initial(Shape(dim=16, heads=2, layers=2, ffn=24, freq_dim=16), LATENT[0], 6, seed)
-    model = add_control(model) if control else model
+    model = CausalWanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=(3 if control else 2) * LATENT[0] + 4,
+        out_channels=LATENT[0],
+        text_dim=6,
+        freq_dim=16,
+        ffn_dim=24,
+        num_layers=2,
+        rope_max_seq_len=32,
+    )
     draw = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         parameter.data.copy_(torch.randn(parameter.shape, generator=draw) * 0.15)
@@ -58,6 +68,10 @@ def student(
     )
     truth = torch.randn(BATCH, frames, *LATENT, generator=draw)
     return Student(model, kernel or CPS(eta=1.0), rule, state, truth)
+
+
+def silent(line: str) -> None:
+    """No report."""
 
 
 def fixed(who: Student, step: int) -> Tensor:
@@ -227,11 +241,20 @@ class TestTeacher:
         plain = network(control=False)
         both, x = add_control(plain), torch.randn(BATCH, 6, *LATENT)
         who = student(both)
-        sigma = torch.full((BATCH, 6), 0.5)
-        before, after = (velocity(m, x, sigma, who.state["condition"], who.state["text"]) for m in (plain, both))
-        torch.testing.assert_close(after, before, atol=1e-6, rtol=0)
+        sigma, condition = torch.full((BATCH, 6), 0.5), who.state["condition"]
+        before = velocity(plain, x, sigma, condition[:, :, : -LATENT[0]], who.state["text"])
+        torch.testing.assert_close(velocity(both, x, sigma, condition, who.state["text"]), before, atol=1e-6, rtol=0)
         with pytest.raises(ValueError, match="takes 8 channels, this one 10"):
             add_control(both)
+
+    def test_a_fresh_model_has_no_control_until_it_is_trained_with_it(self) -> None:
+        model, pool = fresh(network(), seed=3), self.pool()
+        twin = fresh(network(), seed=3)
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+        control = model.patch_embedding.weight[:, -LATENT[0] :]
+        for wanted in (False, True):
+            finetune([pool], FineTune(control=wanted, batch=4, pool=8), model, torch.zeros(1, 5, 6), 3, report=silent)
+            assert bool(control.abs().max() > 0) == wanted
 
     def test_it_is_diffusers_bidirectional_forward(self) -> None:
         model, x = network(), torch.randn(BATCH, 6, *LATENT)
@@ -255,15 +278,19 @@ class TestTeacher:
             )
             assert torch.equal(guided_x0(model, x, sigma, condition, text, negative, 0.0), cond)
 
-    def test_finetuning_learns_the_point_mass(self) -> None:
+    def pool(self) -> LatentPool:
+        """Eight times the same clip, with different conditions."""
+
         def draw(*shape: int, seed: int) -> Tensor:
             return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
         x0 = draw(1, 3, *LATENT, seed=0).repeat(8, 1, 1, 1, 1)
-        pool = LatentPool(x0, draw(8, 3, *LATENT, seed=1), draw(8, 5, 6, seed=2))
+        return LatentPool(x0, draw(8, 3, *LATENT, seed=1), draw(8, 5, 6, seed=2))
+
+    def test_finetuning_learns_the_point_mass(self) -> None:
         lines: list[str] = []
-        stage = FineTune(steps=200, batch=4, lr=0.01, ema=0.0, pool=8)
-        finetune([pool], stage, network(), torch.zeros(1, 5, 6), report=lines.append)
+        stage = FineTune(batch=4, lr=0.01, ema=0.0, pool=8)
+        finetune([self.pool()], stage, network(), torch.zeros(1, 5, 6), 200, report=lines.append)
         first, last = (float(line.split()[3]) for line in (lines[0], lines[-1]))
         assert last < 0.5 * first
 

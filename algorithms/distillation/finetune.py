@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from algorithms.distillation.losses import flow_matching_loss
-from algorithms.distillation.settings import FineTune, Shape
+from algorithms.distillation.settings import FineTune
 from algorithms.pretraining.flow import LatentPool, matrices, noised
 from algorithms.pretraining.loop import Fit, optimise
 from data.draws import Stream, generator, seed_of
@@ -31,22 +31,13 @@ def bidirectional(frames: int) -> Causality:
     return Causality(chunk=frames, window=0)
 
 
-def build_initial(shape: Shape, channels: int, text_dim: int, seed: int) -> CausalWanTransformer3DModel:
-    """A freshly initialised image-to-video transformer without control: noise, mask and reference on its channels."""
+def fresh(model: CausalWanTransformer3DModel, seed: int) -> CausalWanTransformer3DModel:
+    """A model of the same shape with random weights and no control: its channels' weights are zero."""
+    channels = model.config.out_channels
+    plain = {**model.config, "in_channels": 2 * channels + MASK_CHANNELS}
     with torch.random.fork_rng():
         torch.manual_seed(seed_of(Stream.TRAINING, seed))
-        return CausalWanTransformer3DModel(
-            patch_size=(1, 2, 2),
-            num_attention_heads=shape.heads,
-            attention_head_dim=shape.dim // shape.heads,
-            in_channels=channels + MASK_CHANNELS + channels,
-            out_channels=channels,
-            text_dim=text_dim,
-            freq_dim=shape.freq_dim,
-            ffn_dim=shape.ffn,
-            num_layers=shape.layers,
-            rope_max_seq_len=shape.frames,
-        )
+        return add_control(type(model).from_config(plain))
 
 
 def add_control(model: CausalWanTransformer3DModel) -> CausalWanTransformer3DModel:
@@ -59,7 +50,8 @@ def add_control(model: CausalWanTransformer3DModel) -> CausalWanTransformer3DMod
     plain = 2 * channels + MASK_CHANNELS
     if old.in_channels != plain:
         raise ValueError(f"a model without control takes {plain} channels, this one {old.in_channels}")
-    wide = type(model)(**{**old, "in_channels": plain + channels})
+    with torch.random.fork_rng():  # a new model draws weights, which are replaced
+        wide = type(model).from_config({**old, "in_channels": plain + channels})
     wide = wide if model.dtype == wide.dtype else wide.to(model.dtype)
     weights = {k: v.clone() for k, v in model.state_dict().items()}
     embedding = weights["patch_embedding.weight"]
@@ -70,11 +62,8 @@ def add_control(model: CausalWanTransformer3DModel) -> CausalWanTransformer3DMod
 
 
 def velocity(model: CausalWanTransformer3DModel, x: Tensor, sigma: Tensor, condition: Tensor, text: Tensor) -> Tensor:
-    """Bidirectional velocity `[B, M, C, h, w]` of noisy frames at noise levels `sigma [B, M]`.
-
-    A model without control is given the condition without its last channels.
-    """
-    inputs = torch.cat([x, condition[:, :, : model.config.in_channels - x.shape[2]]], 2)
+    """Bidirectional velocity `[B, M, C, h, w]` of noisy frames at noise levels `sigma [B, M]`."""
+    inputs = torch.cat([x, condition], 2)
     return model.parallel(inputs, inputs, sigma, text, causality=bidirectional(x.shape[1]))
 
 
@@ -83,6 +72,7 @@ def finetune(
     stage: FineTune,
     model: CausalWanTransformer3DModel,
     negative: Tensor,
+    steps: int,
     seed: int = 0,
     report: Callable[[str], None] = print,
     state: Path | None = None,
@@ -94,6 +84,7 @@ def finetune(
         stage: settings.
         model: whatever of it requires gradient trains.
         negative: embedding of the shared negative prompt, `[1, L, D]`.
+        steps: optimizer steps.
         seed: of clips and noise.
         report: takes a line of progress.
         state: see `optimise`.
@@ -102,17 +93,19 @@ def finetune(
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         x0, condition, text = pools[step % len(pools)].sample((seed, 7, step), stage.batch)
+        if not stage.control:
+            condition = torch.cat([condition[:, :, : -x0.shape[2]], torch.zeros_like(x0)], 2)
         rng = generator(Stream.TRAINING, seed, 8, step)
-        dropped = torch.from_numpy(rng.uniform(size=len(x0)) < stage.text_dropout)
+        dropped = torch.from_numpy(rng.uniform(size=len(x0)) < stage.text_dropout).to(x0.device)
         text = torch.where(dropped[:, None, None], negative, text)
-        u = torch.from_numpy(rng.uniform(size=(len(x0), 1))).float()
+        u = torch.from_numpy(rng.uniform(size=(len(x0), 1))).float().to(x0.device)
         sigma = (stage.shift * u / (1 + (stage.shift - 1) * u)).expand(x0.shape[:2])
-        eps = torch.from_numpy(rng.standard_normal(tuple(x0.shape), dtype="float32"))
+        eps = torch.from_numpy(rng.standard_normal(tuple(x0.shape), dtype="float32")).to(x0.device)
         v = velocity(model, noised(x0, eps, sigma), sigma, condition, text)
         return flow_matching_loss(v, x0, eps)[0], {}
 
     trained = [p for p in model.parameters() if p.requires_grad]
     hidden = [p for p in matrices(model) if p.requires_grad]
-    optimise(trained, Fit(stage.steps, stage.lr), loss_of, "finetune", report, ema, hidden, state)
+    optimise(trained, Fit(steps, stage.lr), loss_of, "finetune", report, ema, hidden, state)
     with ema.swap():
         return copy.deepcopy(model)

@@ -5,98 +5,129 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-
-@dataclass(frozen=True)
-class Shape:
-    """Size of a transformer that is made anew.
-
-    Attributes:
-        dim: width.
-        heads: attention heads.
-        layers: blocks.
-        ffn: width of the feed-forward layers.
-        freq_dim: width of the timestep embedding.
-        frames: longest clip of the rotary table, latent frames.
-    """
-
-    dim: int = 128
-    heads: int = 4
-    layers: int = 4
-    ffn: int = 384
-    freq_dim: int = 64
-    frames: int = 256
-
-    def __post_init__(self) -> None:
-        for name in ("dim", "heads", "layers", "ffn", "freq_dim", "frames"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"shape.{name} must be at least 1, got {getattr(self, name)}")
-        if self.dim % self.heads or self.dim // self.heads % 2:
-            raise ValueError(f"shape.dim={self.dim} must be an even multiple of shape.heads={self.heads}")
+NEGATIVE = (
+    "overexposed, static, blurred details, subtitles, worst quality, low quality, jpeg artifacts, ugly, deformed, "
+    "disfigured, misshapen limbs, still picture, cluttered background"
+)
 
 
 @dataclass(frozen=True)
 class FineTune:
-    """Flow matching of the bidirectional model.
+    """Flow matching of the bidirectional model (AR-Drag Eq. 7); `updates` is the number of steps.
 
     Attributes:
-        steps: optimizer steps.
+        fresh: begin with random weights in the shape of the model's, not with the model's.
+        control: condition on the drag; without, the model learns image-to-video alone.
         batch: clips per step.
         lr: peak learning rate.
         shift: noise levels are shift u / (1 + (shift - 1) u) for uniform u, one for all frames of a clip.
         text_dropout: share of clips whose prompt is the negative one, for classifier-free guidance.
+        negative_prompt: shared by all clips.
         pool: training clips per frame size.
         ema: decay of the averaged weights, which are the result.
         track_noise: standard deviation in pixels of the errors of the tracks that control is drawn from.
     """
 
-    steps: int = 8000
+    fresh: bool = False
+    control: bool = True
     batch: int = 12
     lr: float = 5e-3
     shift: float = 3.0
     text_dropout: float = 0.1
+    negative_prompt: str = NEGATIVE
     pool: int = 2048
     ema: float = 0.998
     track_noise: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "pool"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"finetune.{name} must be at least 1, got {getattr(self, name)}")
-        if self.batch > self.pool:
-            raise ValueError(f"finetune.batch={self.batch} is more than finetune.pool={self.pool}; raise the pool")
+        _check_pool("stage", self.batch, self.pool)
         if not 0 <= self.text_dropout < 1 or not 0 <= self.ema < 1:
-            raise ValueError(f"finetune.text_dropout and ema must lie in [0, 1), got {self.text_dropout}, {self.ema}")
+            raise ValueError(f"stage.text_dropout and ema must lie in [0, 1), got {self.text_dropout} and {self.ema}")
         if not (0 < self.lr < math.inf and 0 < self.shift < math.inf and 0 <= self.track_noise < math.inf):
-            raise ValueError("finetune.lr and shift must be positive, track_noise not negative")
+            raise ValueError("stage.lr and shift must be positive, track_noise not negative")
 
 
 @dataclass(frozen=True)
 class Warmup:
-    """A stage before distribution matching.
+    """What the stages before distribution matching share.
 
     Attributes:
         steps: optimizer steps; 0 leaves the stage out.
         batch: clips per step.
         lr: peak learning rate.
         ema: decay of the averaged weights, which are the result.
-        shift: teacher forcing: noise levels are shift u / (1 + (shift - 1) u) for uniform u.
-        substeps: ODE initialisation and consistency: the teacher's steps for one of the student's.
-        huber: consistency: constant of the pseudo-Huber distance; 0 is the squared error.
     """
 
     steps: int = 0
     batch: int = 12
     lr: float = 1e-3
     ema: float = 0.99
+
+    def __post_init__(self) -> None:
+        if self.steps < 0 or not 0 < self.lr < math.inf or not 0 <= self.ema < 1:
+            raise ValueError(f"stage: steps must not be negative, lr positive, ema in [0, 1); got {self}")
+
+
+@dataclass(frozen=True)
+class TeacherForcingStage(Warmup):
+    """Flow matching of every frame given the true ones before it.
+
+    Attributes:
+        steps: optimizer steps; 0 leaves the stage out.
+        batch: clips per step.
+        lr: peak learning rate.
+        ema: decay of the averaged weights, which are the result.
+        shift: noise levels are shift u / (1 + (shift - 1) u) for uniform u, one for each chunk.
+    """
+
     shift: float = 3.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.shift < math.inf:
+            raise ValueError(f"stage.teacher_forcing.shift must be positive, got {self.shift}")
+
+
+@dataclass(frozen=True)
+class ODEStage(Warmup):
+    """Regression to the ends of the teacher's ODE paths.
+
+    Attributes:
+        steps: optimizer steps; 0 leaves the stage out.
+        batch: clips per step.
+        lr: peak learning rate.
+        ema: decay of the averaged weights, which are the result.
+        substeps: the teacher's steps for one of the student's.
+    """
+
+    substeps: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.substeps < 1:
+            raise ValueError(f"stage.ode.substeps must be at least 1, got {self.substeps}")
+
+
+@dataclass(frozen=True)
+class ConsistencyStage(Warmup):
+    """Causal consistency distillation.
+
+    Attributes:
+        steps: optimizer steps; 0 leaves the stage out.
+        batch: clips per step.
+        lr: peak learning rate.
+        ema: decay of the averaged weights, which make the target and are the result.
+        substeps: the teacher's steps for one of the student's.
+        huber: constant of the pseudo-Huber distance; 0 is the squared error.
+    """
+
     substeps: int = 4
     huber: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.steps < 0 or self.batch < 1 or self.substeps < 1:
-            raise ValueError(f"stage: steps must not be negative, batch and substeps at least 1; got {self}")
-        if not (0 < self.lr < math.inf and 0 <= self.ema < 1 and self.shift > 0 and self.huber >= 0):
-            raise ValueError(f"stage: lr and shift must be positive, ema in [0, 1), huber not negative; got {self}")
+        super().__post_init__()
+        if self.substeps < 1 or not 0 <= self.huber < math.inf:
+            raise ValueError("stage.consistency: substeps must be at least 1 and huber not negative")
 
 
 @dataclass(frozen=True)
@@ -104,7 +135,7 @@ class DMD:
     """Distribution matching with an adversary.
 
     Attributes:
-        steps: critic steps.
+        steps: critic steps; 0 leaves the stage out.
         generator_every: critic steps for one step of the generator.
         batch: clips per step.
         lr: learning rate of the generator.
@@ -140,7 +171,9 @@ class DMD:
     penalty_std: float = 0.05
 
     def __post_init__(self) -> None:
-        for name in ("steps", "generator_every", "batch", "warmup"):
+        if self.steps < 0:
+            raise ValueError(f"dmd.steps must not be negative, got {self.steps}")
+        for name in ("generator_every", "batch", "warmup"):
             if getattr(self, name) < 1:
                 raise ValueError(f"dmd.{name} must be at least 1, got {getattr(self, name)}")
         for name in ("lr", "critic_lr", "clip", "shift", "penalty_std"):
@@ -151,3 +184,54 @@ class DMD:
                 raise ValueError(f"dmd.{name} must not be negative, got {getattr(self, name)}")
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas) or not 0 <= self.ema < 1:
             raise ValueError(f"dmd.betas must be two numbers in [0, 1) and dmd.ema one, got {self.betas}, {self.ema}")
+
+
+@dataclass(frozen=True)
+class Distill:
+    """From the bidirectional teacher to the causal few-step student (AR-Drag section 3.2, Algorithm 1).
+
+    The stages run in this order, each from the result of the one before; the first begins with the teacher's weights,
+    or with those of the model where `from_teacher` is off.
+
+    Attributes:
+        teacher: folder of the teacher under the model's folder, or a path of its own.
+        from_teacher: the student begins with the teacher's weights.
+        negative_prompt: shared by all clips; the teacher's guidance points away from it.
+        guidance: `cond + g (cond - uncond)`; 0 is none.
+        eta: share of fresh noise of a step in training, in (0, 1]; 1 re-noises, as Algorithm 1 does; 0 is the ODE.
+        pool: training clips per frame size.
+        track_noise: standard deviation in pixels of the errors of the tracks that control is drawn from.
+        teacher_forcing: flow matching given true frames.
+        ode: regression to the teacher's ODE.
+        consistency: causal consistency distillation.
+        dmd: distribution matching with an adversary.
+    """
+
+    teacher: str = "teacher"
+    from_teacher: bool = True
+    negative_prompt: str = NEGATIVE
+    guidance: float = 3.0
+    eta: float = 1.0
+    pool: int = 2048
+    track_noise: float = 0.0
+    teacher_forcing: TeacherForcingStage = field(default_factory=TeacherForcingStage)
+    ode: ODEStage = field(default_factory=ODEStage)
+    consistency: ConsistencyStage = field(default_factory=ConsistencyStage)
+    dmd: DMD = field(default_factory=DMD)
+
+    def __post_init__(self) -> None:
+        for name in ("teacher_forcing", "ode", "consistency", "dmd"):
+            _check_pool(f"stage.{name}", getattr(self, name).batch, self.pool)
+        if not math.isfinite(self.guidance):
+            raise ValueError(f"stage.guidance must be finite, got {self.guidance}")
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"stage.eta must lie in [0, 1], got {self.eta}")
+        if not 0 <= self.track_noise < math.inf:
+            raise ValueError(f"stage.track_noise must not be negative, got {self.track_noise}")
+        if not any(getattr(self, name).steps for name in ("teacher_forcing", "ode", "consistency", "dmd")):
+            raise ValueError("stage: every stage has 0 steps; give one of them some, such as stage.dmd.steps=1500")
+
+
+def _check_pool(name: str, batch: int, pool: int) -> None:
+    if batch < 1 or batch > pool:
+        raise ValueError(f"{name}.batch={batch} must be 1 to stage.pool={pool}: a batch repeats no clip")

@@ -115,8 +115,8 @@ class LatentPool:
         rng = generator(Stream.TRAINING, *rng_key)
         rows = torch.from_numpy(rng.choice(len(self.latents), count, replace=False))
         latents, control, text = self.latents[rows], self.control[rows], self.text[rows]
-        noise = torch.from_numpy(rng.standard_normal(tuple(latents.shape), dtype="float32"))
-        keep = torch.from_numpy(rng.uniform(size=count) >= text_dropout).float()
+        noise = torch.from_numpy(rng.standard_normal(tuple(latents.shape), dtype="float32")).to(latents.device)
+        keep = torch.from_numpy(rng.uniform(size=count) >= text_dropout).float().to(text.device)
         return latents, assemble_condition(latents[:, 0], control, noise), text * keep[:, None, None]
 
 

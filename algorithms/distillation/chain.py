@@ -1,0 +1,141 @@
+"""The stages of the distillation, one after the other, resumable."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from algorithms.distillation import warmup
+from algorithms.distillation.dmd import DistributionMatching, Players
+from algorithms.distillation.losses import Loss
+from algorithms.distillation.rollouts import Student, exit_steps
+from algorithms.distillation.scores import Discriminator
+from algorithms.distillation.settings import Distill
+from algorithms.distillation.settings import Warmup as Stage
+from algorithms.distillation.warmup import Teacher
+from algorithms.pretraining.flow import LatentPool, matrices
+from algorithms.pretraining.loop import Fit, optimise
+from envs.ar_video import start
+from envs.transitions import CPS, ODE
+from policies.causal_dit import CausalWanTransformer3DModel
+from policies.causality import Causality
+from policies.ema import EMA
+
+if TYPE_CHECKING:
+    from algorithms.distillation.strategies import Strategy
+
+# Draws of the stages are told apart by the iteration of their keys.
+STAGES = {"teacher_forcing": 1, "ode": 2, "consistency": 3, "dmd": 4}
+STRIDE = 10_000_000
+
+
+class Distillation:
+    """Runs the stages that have steps, in the order of `STAGES`.
+
+    Args:
+        settings: see `Distill`.
+        strategy: how the student makes clips for distribution matching.
+        causality: what a frame of the student sees.
+        sigmas: the student's noise table.
+        seed: of clips and noise.
+        report: takes a line of progress.
+    """
+
+    def __init__(
+        self,
+        settings: Distill,
+        strategy: Strategy,
+        causality: Causality,
+        sigmas: Sequence[float],
+        seed: int,
+        report: Callable[[str], None] = print,
+    ) -> None:
+        self.settings, self.strategy, self.causality, self.seed = settings, strategy, causality, seed
+        self.sigmas, self.report = torch.tensor(list(sigmas)), report
+        self.pools: list[LatentPool] = []
+
+    def run(
+        self,
+        student: CausalWanTransformer3DModel,
+        teacher: CausalWanTransformer3DModel,
+        negative: Tensor,
+        pools: list[LatentPool],
+        folder: Path,
+    ) -> CausalWanTransformer3DModel:
+        """Train `student` in place and return it.
+
+        Args:
+            student: with the weights it begins with.
+            teacher: bidirectional.
+            negative: embedding of the negative prompt `[1, L, D]`.
+            pools: encoded clips, one pool per frame size.
+            folder: takes the state of the stage that runs, and the result of each that has run; where they are there
+                already, training goes on from them.
+        """
+        self.pools = pools
+        guide = Teacher(teacher.requires_grad_(False).eval(), negative, self.settings.guidance)
+        for name in STAGES:
+            stage, done, state = getattr(self.settings, name), folder / f"{name}.safetensors", folder / f"{name}.pt"
+            if not stage.steps:
+                continue
+            if not done.is_file():
+                if name == "dmd":
+                    found = self._match(student, guide, state)
+                else:
+                    found = self._warm_up(name, stage, student, guide, state)
+                save_file({k: v.contiguous() for k, v in found.state_dict().items()}, done)
+                state.unlink(missing_ok=True)
+            student.load_state_dict(load_file(done))
+        return student
+
+    def begin(self, network: CausalWanTransformer3DModel, stage: str, draw: int) -> Student:
+        """The student at the start of the clips of a draw."""
+        count = getattr(self.settings, stage).batch
+        number = STAGES[stage] * STRIDE + draw
+        truth, condition, text = self.pools[draw % len(self.pools)].sample((self.seed, 15, number), count)
+        key = torch.tensor([[self.seed, number, row, 0] for row in range(count)])
+        eta = self.settings.eta
+        stochastic = (self.sigmas[1:] > 0) & (eta > 0)
+        state = start(condition, text, self.sigmas, stochastic, key, tuple(truth.shape[2:]))
+        return Student(network, CPS(eta) if eta > 0 else ODE(), self.causality, state, truth)
+
+    def _warm_up(
+        self, name: str, stage: Stage, student: CausalWanTransformer3DModel, teacher: Teacher, state: Path
+    ) -> CausalWanTransformer3DModel:
+        ema = EMA(student, stage.ema)
+
+        def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
+            loss, _ = self._loss(name, self.begin(student, name, step), teacher, ema, step)
+            return loss, {}
+
+        fit, hidden = Fit(stage.steps, stage.lr), [p for p in matrices(student) if p.requires_grad]
+        trained = [p for p in student.parameters() if p.requires_grad]
+        optimise(trained, fit, loss_of, name, self.report, ema, hidden, state)
+        with ema.swap():
+            return copy.deepcopy(student)
+
+    def _loss(self, name: str, student: Student, teacher: Teacher, ema: EMA, step: int) -> Loss:
+        key = (self.seed, 16, STAGES[name] * STRIDE + step)
+        if name == "teacher_forcing":
+            return warmup.teacher_forcing(student, key, self.settings.teacher_forcing.shift)
+        if name == "ode":
+            exits = exit_steps(student, "per_frame")
+            return warmup.ode_initialisation(student, teacher, exits, self.settings.ode.substeps)
+        s = self.settings.consistency
+        return warmup.consistency(student, ema, teacher, key, s.substeps, s.huber)
+
+    def _match(
+        self, student: CausalWanTransformer3DModel, teacher: Teacher, state: Path
+    ) -> CausalWanTransformer3DModel:
+        s = self.settings.dmd
+        judge = Discriminator(teacher.network, s.layers, seed=self.seed)
+        fake = copy.deepcopy(teacher.network).requires_grad_(True)
+        players = Players(student, fake, judge.to(student.device), teacher)
+        game = DistributionMatching(players, s, self.strategy, lambda draw: self.begin(student, "dmd", draw), self.seed)
+        return game.train(self.report, state)
