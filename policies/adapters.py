@@ -76,6 +76,16 @@ class Adaptation:
             transformer.add_adapter(config, adapter_name=ADAPTER)
 
 
+def merged(transformer: Any) -> Any:
+    """The transformer without adapters that computes the same: a copy with theirs added to its weights, or itself."""
+    if not getattr(transformer, "peft_config", None):
+        return transformer
+    plain = deepcopy(transformer)
+    plain.fuse_lora(adapter_names=[ADAPTER])
+    plain.unload_lora()
+    return plain
+
+
 def _ends(name: str, target: str) -> bool:
     """Whether a layer is meant by a target, by the rule of peft."""
     return name == target or name.endswith("." + target)

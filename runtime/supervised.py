@@ -23,6 +23,7 @@ def conclude(session: Session, train: Callable[[Path], CausalWanTransformer3DMod
         train: takes a folder for its state and returns the trained transformer. With `resume=true` it finds there what
             an interrupted run left.
     """
+    from policies.adapters import merged
     from runtime.outcome import draw_samples
 
     settings, folder = session.settings, session.run_dir
@@ -39,7 +40,7 @@ def conclude(session: Session, train: Callable[[Path], CausalWanTransformer3DMod
     seconds = time.time() - began
     network.load_state_dict(trained.state_dict())
     after, samples = session.evaluate()
-    trained.save_pretrained(folder / "transformer")
+    merged(trained).save_pretrained(folder / "transformer")
     session.iteration = settings.updates
     session.save()
     draw_samples(folder / "videos", [("true clip", session.truth), ("after", samples)])

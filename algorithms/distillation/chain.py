@@ -114,9 +114,8 @@ class Distillation:
             loss, _ = self._loss(name, self.begin(student, name, step), teacher, ema, step)
             return loss, {}
 
-        fit, hidden = Fit(stage.steps, stage.lr), [p for p in matrices(student) if p.requires_grad]
         trained = [p for p in student.parameters() if p.requires_grad]
-        optimise(trained, fit, loss_of, name, self.report, ema, hidden, state)
+        optimise(trained, Fit(stage.steps, stage.lr), loss_of, name, self.report, ema, matrices(student), state)
         with ema.swap():
             return copy.deepcopy(student)
 

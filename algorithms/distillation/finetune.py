@@ -105,7 +105,6 @@ def finetune(
         return flow_matching_loss(v, x0, eps)[0], {}
 
     trained = [p for p in model.parameters() if p.requires_grad]
-    hidden = [p for p in matrices(model) if p.requires_grad]
-    optimise(trained, Fit(steps, stage.lr), loss_of, "finetune", report, ema, hidden, state)
+    optimise(trained, Fit(steps, stage.lr), loss_of, "finetune", report, ema, matrices(model), state)
     with ema.swap():
         return copy.deepcopy(model)

@@ -253,8 +253,9 @@ def train_few_step(
 
 
 def matrices(model: CausalWanTransformer3DModel) -> list[torch.nn.Parameter]:
-    """Weight matrices of the blocks: what Muon is for."""
-    return [p for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2]
+    """Weight matrices of the blocks that train: what Muon is for. The factors of adapters are not."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and p.ndim == 2]
+    return [p for name, p in named if name.startswith("blocks.") and ".lora_" not in name]
 
 
 def _averaged(model: CausalWanTransformer3DModel, ema: EMA) -> CausalWanTransformer3DModel:

@@ -45,7 +45,9 @@ def optimizers(weights: list[nn.Parameter], matrices: Iterable[nn.Parameter], fi
     hidden = list(matrices)
     known = {id(p) for p in hidden}
     others = [p for p in weights if id(p) not in known]
-    found: list[Optimizer] = [torch.optim.AdamW(others, lr=fit.lr, betas=fit.betas, weight_decay=fit.weight_decay)]
+    found: list[Optimizer] = []
+    if others:
+        found.append(torch.optim.AdamW(others, lr=fit.lr, betas=fit.betas, weight_decay=fit.weight_decay))
     if hidden:
         muon = torch.optim.Muon(hidden, lr=fit.lr, weight_decay=fit.weight_decay, adjust_lr_fn="match_rms_adamw")
         found.append(muon)

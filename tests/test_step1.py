@@ -1,0 +1,118 @@
+"""Step 1 end to end at a very small size: each experiment runs, goes on where it stopped, and its result loads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from safetensors.torch import load_file
+
+from algorithms.distillation import chain
+from experiments import distill, finetune
+from runtime.config import CONF, Plan, validate
+from runtime.session import Session
+
+SMALL = ["rollout.frames=3", "world.sizes=[16x16]", "evaluation.clips=3", "stage.pool=8"]
+FINETUNE = [*SMALL, "model.transformer=transformer", "stage.batch=4", "updates=3", "rollout.sigmas=[1.0,0.5,0.0]"]
+NAMES = ("teacher_forcing", "ode", "consistency", "dmd")
+STAGES = [f"stage.{name}.{key}" for name in NAMES for key in ("steps=2", "batch=3")]
+DISTILL = [*SMALL, *STAGES, "stage.teacher=transformer", "stage.dmd.layers=[0]", "stage.dmd.generator_every=1"]
+
+
+def plan(primary: str, model: Path, run_dir: Path, *overrides: str) -> Plan:
+    """A plan of an experiment of step 1."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return validate(compose(primary, [f"model.path={model}", f"run_dir={run_dir}", *overrides]))
+
+
+def result(run_dir: Path) -> dict[str, Any]:
+    return dict(json.loads((run_dir / "evaluation.json").read_text()))
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    return load_file(next((run_dir / "transformer").glob("*.safetensors")))
+
+
+def test_the_initial_model_then_the_teacher(model: Path, tmp_path: Path) -> None:
+    finetune.run(plan("finetune", model, tmp_path / "initial", *FINETUNE, "stage.fresh=true", "stage.control=false"))
+    started = weights(tmp_path / "initial")
+    assert not started["patch_embedding.weight"][:, -4:].any(), "nothing is conditioned on the drag yet"
+    first = f"model.transformer={tmp_path / 'initial' / 'transformer'}"
+    finetune.run(plan("finetune", model, tmp_path / "teacher", *FINETUNE, first))
+    assert weights(tmp_path / "teacher")["patch_embedding.weight"][:, -4:].any()
+    found = result(tmp_path / "teacher")
+    assert found["before"] == result(tmp_path / "initial")["after"] != found["after"]
+    assert (tmp_path / "teacher" / "videos" / "00.mp4").stat().st_size > 0
+
+
+@pytest.mark.parametrize("adaptation", ["lora", "attention"])
+def test_finetuning_of_a_part_of_the_weights(model: Path, tmp_path: Path, adaptation: str) -> None:
+    made = plan("finetune", model, tmp_path / "run", *FINETUNE, f"adaptation={adaptation}")
+    finetune.run(made)
+    before = load_file(next((model / "transformer").glob("*.safetensors")))
+    after = weights(tmp_path / "run")
+    assert after.keys() == before.keys(), "the result is a plain transformer"
+    moved = {name for name in after if not torch.equal(after[name], before[name])}
+    assert moved and all(".attn" in name or ".ffn" in name for name in moved)
+    # What is loaded from the folder measures as the run did.
+    again = plan(
+        "finetune", model, tmp_path / "again", *FINETUNE, f"model.transformer={tmp_path / 'run' / 'transformer'}"
+    )
+    metrics, _ = Session(again.settings, again.config).evaluate()
+    assert metrics["motion_error_px"] == pytest.approx(result(tmp_path / "run")["after"]["motion_error_px"], abs=1e-3)
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_an_interrupted_distillation_ends_as_one_that_was_not(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    options = [*DISTILL, f"rollout.chunk={chunk}"]
+    distill.run(plan("distill", model, tmp_path / "whole", *options))
+    real = chain.Distillation._match
+
+    def dying(*arguments: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chain.Distillation, "_match", dying)
+    with pytest.raises(KeyboardInterrupt):
+        distill.run(plan("distill", model, tmp_path / "parts", *options))
+    assert (tmp_path / "parts" / "training" / "consistency.safetensors").is_file()
+    monkeypatch.setattr(chain.Distillation, "_match", real)
+    with pytest.raises(ValueError, match="resume=true"):
+        distill.run(plan("distill", model, tmp_path / "parts", *options))
+    distill.run(plan("distill", model, tmp_path / "parts", *options, "resume=true"))
+    ours, theirs = (weights(tmp_path / name) for name in ("whole", "parts"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert result(tmp_path / "whole")["after"] == result(tmp_path / "parts")["after"]
+
+
+@pytest.mark.parametrize("strategy", ["self_forcing", "teacher_forcing", "diffusion_forcing", "windowed"])
+def test_every_strategy_moves_the_student(model: Path, tmp_path: Path, strategy: str) -> None:
+    none = [f"stage.{name}.steps=0" for name in NAMES[:-1]]
+    extra = ["strategy.frames=2"] if strategy == "windowed" else []
+    options = [*DISTILL, *none, *extra, f"strategy={strategy}", "stage.dmd.ema=0", "stage.dmd.r1=1"]
+    distill.run(plan("distill", model, tmp_path / "run", *options))
+    after, before = weights(tmp_path / "run"), load_file(next((model / "transformer").glob("*.safetensors")))
+    assert any(not torch.equal(after[name], before[name]) for name in after)
+    assert all(bool(value.isfinite().all()) for value in after.values())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["stage.teacher=nosuch"], "nosuch has no config.json"),
+        (["stage.eta=1.5"], r"stage.eta must lie in \[0, 1\]"),
+        (["stage.dmd.batch=9"], "a batch repeats no clip"),
+        (["strategy.exit=sometimes"], "per_video, per_frame"),
+        ([f"stage.{name}.steps=0" for name in NAMES], "every stage has 0"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_loads(
+    model: Path, tmp_path: Path, overrides: list[str], words: str
+) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=words):
+        plan("distill", model, tmp_path / "run", *DISTILL, *overrides)
