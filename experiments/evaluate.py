@@ -19,7 +19,7 @@ def run(plan: Plan) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from runtime.evaluation import found_by, measure
+    from runtime.evaluation import error_by_frame, found_by, measure
     from runtime.outcome import draw_samples
     from runtime.report import origin
     from runtime.session import Session
@@ -43,6 +43,7 @@ def run(plan: Plan) -> None:
     result = {
         "policy": metrics,
         "truth": truth,
+        "error_by_frame": error_by_frame(samples),
         "extractor": session.judge.features.name,
         "clips": e.clips,
         "tracker": type(e.tracker).__name__,

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from metrics.motion import drag_score
 from rewards.base import RewardContext, RewardTerm, check_weight, finite_samples, per_latent_mean
 
 if TYPE_CHECKING:
@@ -87,17 +88,12 @@ class Motion:
         counts = counts.index_fill(-1, counts.new_zeros(1).long(), False)
         tracks = self._follow(tracker, video, asked.xy[:, :, 0].where(asked.presence[:, :, 0, None], 0))
         alpha, scale = self.constants
-        size = asked.xy.new_tensor([asked.width - 1, asked.height - 1])
-
-        def eq16(xy: Tensor) -> Tensor:
-            return scale * (alpha - ((xy - asked.xy) / size).square().sum(-1)).clamp(min=0)
-
         finite = finite_samples(video)
-        gain = eq16(tracks.xy)
+        gain = drag_score(asked, tracks.xy, alpha, scale)
         value = per_latent_mean(gain.where(tracks.visible, 0), counts)
         valid = (finite[:, None] & value.isfinite()).contiguous()
         rest = counts & finite[:, None, None]
-        static = eq16(asked.xy[:, :, :1].expand_as(asked.xy))
+        static = drag_score(asked, asked.xy[:, :, :1].expand_as(asked.xy), alpha, scale)
         metrics = {
             "error_px": _mean((tracks.xy - asked.xy).norm(dim=-1), rest & tracks.visible),
             "clipped": _mean((gain == 0).float(), rest & tracks.visible),

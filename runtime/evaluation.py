@@ -15,11 +15,13 @@ from torch import Tensor
 from data.clip import ClipBatch
 from metrics.features import ClipFeatures
 from metrics.frechet import frechet_distance
-from metrics.motion import counted, endpoint_error, per_clip
+from metrics.motion import by_latent_frame, counted, drag_score, endpoint_error, per_clip
+from metrics.smoothness import smoothness
 from policies.actor import Actor
 from policies.sampler import generate
 from rewards.aesthetic import Aesthetic
 from rewards.base import RewardContext
+from rewards.motion import PROFILES
 from tracking.trackers import Tracker, Tracks
 
 if TYPE_CHECKING:
@@ -105,6 +107,13 @@ def motion_errors(samples: list[Sample]) -> Tensor:
     )
 
 
+def error_by_frame(samples: list[Sample]) -> list[float]:
+    """Motion error in px at each latent frame after the first, over all clips."""
+    errors = torch.cat([endpoint_error(s.clips.trajectory, s.tracks) for s in samples])
+    asked = torch.cat([counted(s.clips.trajectory, reference=in_sight(s.clips)) for s in samples])
+    return [float(value) for value in by_latent_frame(errors, asked)]
+
+
 def found_by(samples: list[Sample]) -> dict[str, int]:
     """Trackers that found asked paths, and for how many clips; empty where all were given."""
     return dict(Counter(name for s in samples for name in s.clips.found_by if name))
@@ -116,13 +125,16 @@ def measure(samples: list[Sample], truth: list[Sample], judge: Judge) -> dict[st
     Returns:
         `motion_error_px` (mean over clips of the distance between asked and tracked path where the point is in sight)
         with `motion_error_px_ci` (half-width of its 95 % interval over clips), `motion_error_px_median` (of the clips),
-        `motion_visible` (share of asked positions the tracker saw), `aesthetic` (judge's scorer), `frechet` (frames)
-        and `frechet_video`, both against the true clips.
+        `motion_visible` (share of asked positions the tracker saw), `motion_consistency` (Eq. 16 at the paper's scale,
+        5 at most, 0 where the tracker lost the point), `smoothness` (VBench's, with linear interpolation), `aesthetic`
+        (judge's scorer), `frechet` (frames) and `frechet_video`, both against the true clips.
     """
-    visible, scores = [], []
+    visible, scores, consistent, smooth = [], [], [], []
     for s in samples:
         asked = counted(s.clips.trajectory, reference=in_sight(s.clips))
         visible.append(s.tracks.visible[asked].float())
+        consistent.append((drag_score(s.clips.trajectory, s.tracks.xy, *PROFILES["paper"]) * s.tracks.visible)[asked])
+        smooth.append(smoothness(s.video))
         scores.append(judge.aesthetic.score(s.video, s.clips).value[:, 1:].flatten())
     error = motion_errors(samples)
     error = error[error.isfinite()]
@@ -132,6 +144,8 @@ def measure(samples: list[Sample], truth: list[Sample], judge: Judge) -> dict[st
         "motion_error_px_ci": float(1.96 * error.std() / math.sqrt(len(error))),
         "motion_error_px_median": float(error.median()),
         "motion_visible": float(torch.cat(visible).mean()),
+        "motion_consistency": float(torch.cat(consistent).mean()),
+        "smoothness": float(torch.cat(smooth).mean()),
         "aesthetic": float(torch.cat(scores).mean()),
         "frechet": frechet_distance(frames[0][0], frames[1][0]),
         "frechet_video": frechet_distance(frames[0][1], frames[1][1]),

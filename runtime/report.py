@@ -22,6 +22,7 @@ METRICS = {  # key: label, unit, which way is better
     "motion_error_px_median": ("Motion error, median clip", "px", "lower"),
     "motion_visible": ("Asked positions with the point in sight", "share", "higher"),
     "reward": ("Reward", "", "higher"),
+    "motion_consistency": ("Motion consistency", "", "higher"),
     "aesthetic": ("Aesthetic score", "", "higher"),
     "frechet": ("Fréchet distance", "", "lower"),
     "frechet_video": ("Fréchet distance of videos", "", "lower"),

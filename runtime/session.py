@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from data.clip import ClipBatch
 from data.draws import Stream, generator
 from envs.rollout import RolloutCollector
-from envs.schedules import Deterministic
+from envs.schedules import All, Deterministic
+from envs.transitions import CPS
 from policies.actor import Actor
 from policies.adapters import ReferencePolicy
 from policies.causality import Causality
@@ -163,7 +164,9 @@ class Session:
             torch.cuda.synchronize(self.device)
 
     def _measure(self, actor: Actor) -> tuple[dict[str, float], list[Sample]]:
-        episodes = replace(self.episodes, schedule=Deterministic())
+        renoise = self.settings.evaluation.sampler == "renoise"
+        episodes = replace(self.episodes, schedule=All() if renoise else Deterministic())
+        actor = Actor(actor.transformer, CPS(eta=1.0), actor.causality) if renoise else actor
         samples = sample(actor, episodes, [s.clips for s in self.truth], self.judge, self._report)
         return measure(samples, self.truth, self.judge), samples
 

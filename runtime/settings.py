@@ -144,6 +144,7 @@ class Evaluation:
         split: `heldout` or `hard`.
         tracker: finds the motion in generated clips; must be of another kind than the one that rewards.
         scorer: folder of the vision tower that judges looks, under the model's folder; not the one that rewards.
+        sampler: `ode`, or `renoise`: every step puts fresh noise on the prediction, as distillation does in training.
     """
 
     every: int
@@ -151,6 +152,7 @@ class Evaluation:
     split: Literal["heldout", "hard"]
     tracker: Component
     scorer: str
+    sampler: Literal["ode", "renoise"] = "ode"
 
     def __post_init__(self) -> None:
         _at_least(self, "evaluation", 0, "every")

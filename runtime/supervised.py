@@ -24,6 +24,7 @@ def conclude(session: Session, train: Callable[[Path], CausalWanTransformer3DMod
             an interrupted run left.
     """
     from policies.adapters import merged
+    from runtime.evaluation import error_by_frame, measure
     from runtime.outcome import draw_samples
 
     settings, folder = session.settings, session.run_dir
@@ -44,8 +45,16 @@ def conclude(session: Session, train: Callable[[Path], CausalWanTransformer3DMod
     session.iteration = settings.updates
     session.save()
     draw_samples(folder / "videos", [("true clip", session.truth), ("after", samples)])
-    result = {"before": before, "after": after, "seconds": round(seconds), "updates": settings.updates}
-    (folder / RESULT).write_text(json.dumps({**result, "config": session.config}, indent=1))
+    result = {
+        "before": before,
+        "after": after,
+        "truth": measure(session.truth, session.truth, session.judge),
+        "error_by_frame": error_by_frame(samples),
+        "seconds": round(seconds),
+        "updates": settings.updates,
+        "config": session.config,
+    }
+    (folder / RESULT).write_text(json.dumps(result, indent=1))
     print(
         f"held-out motion error {before['motion_error_px']:.3f} -> {after['motion_error_px']:.3f} px in {seconds:.0f} s"
     )

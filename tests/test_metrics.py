@@ -9,11 +9,12 @@ import torch
 
 from metrics.features import ClipFeatures
 from metrics.frechet import frechet_distance, gaussian_frechet
-from metrics.motion import counted, motion_metrics, per_clip
+from metrics.motion import by_latent_frame, counted, drag_score, motion_metrics, per_clip
 from metrics.smoothness import smoothness
 from tests.moving import asking, line
 from tests.test_rewards import tiny_clip
 from tracking.trackers import Tracks
+from tracking.trajectory import Trajectory
 
 
 def normal(n: int, d: int, seed: int) -> torch.Tensor:
@@ -112,3 +113,23 @@ def test_clip_features(tmp_path: Path) -> None:
     assert torch.allclose(features.videos(still)[:, 8:], torch.zeros(3, 8), atol=1e-6)
     backwards = features.videos(video.flip(2))
     assert torch.allclose(backwards, videos, atol=1e-5)
+
+
+def test_the_drag_score_is_eq_16() -> None:
+    asked = Trajectory(torch.zeros(1, 1, 5, 2), torch.ones(1, 1, 5), torch.ones(1, 1, 5, dtype=torch.bool), 11, 21, 8.0)
+    xy = torch.tensor([[[[0.0, 0.0], [2.0, 0.0], [0.0, 2.0], [2.0, 2.0], [20.0, 10.0]]]])
+    # x / 20 and y / 10: squared distances 0, 0.01, 0.04, 0.05, 2.
+    expected = [5.0, 4.5, 3.0, 2.5, 0.0]
+    assert drag_score(asked, xy, 0.1, 50.0)[0, 0].tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_errors_by_latent_frame() -> None:
+    """Frame 0 is one pixel frame, every later one is four; only what counts is averaged, clips together."""
+    value = torch.arange(18.0).reshape(2, 1, 9)
+    counts = torch.ones(2, 1, 9, dtype=torch.bool)
+    assert by_latent_frame(value, counts).tolist() == [(2.5 + 11.5) / 2, (6.5 + 15.5) / 2]
+    counts[1, :, 5:] = False
+    counts[0, :, 5] = False
+    assert by_latent_frame(value, counts).tolist() == [7.0, 7.0]
+    counts[0, :, 5:] = False
+    assert math.isnan(float(by_latent_frame(value, counts)[1]))

@@ -267,3 +267,12 @@ def test_clips_without_tracks_run_to_a_report_that_shows_them(model: Path, tmp_p
     found = numbers(evaluation) + numbers(history(tmp_path / "run"))
     assert len(found) > 30 and np.isfinite(found).all()
     assert evaluation["found_by"] == {"LucasKanade": 2} and "near 0 by construction" in page
+
+
+def test_renoising_is_a_sampler_of_its_own(model: Path, tmp_path: Path) -> None:
+    found = []
+    for sampler in ("ode", "renoise", "renoise"):
+        made = plan(model, tmp_path / sampler, f"evaluation.sampler={sampler}")
+        _, samples = Session(made.settings, made.config).evaluate()
+        found.append(samples[0].video)
+    assert torch.equal(found[1], found[2]) and not torch.allclose(found[0], found[1], atol=1e-3)
