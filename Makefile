@@ -12,10 +12,10 @@ PIP      := $(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -
 SOURCES  := envs policies rewards algorithms data tracking metrics runtime experiments benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint bench learn tiny clean
+.PHONY: help venv demo test lint bench learn ablation-step1 tiny clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -45,6 +45,9 @@ bench: $(VENV)/.installed  ## seconds per phase of an iteration, and the speed o
 
 learn: $(VENV)/.installed  ## the learning result of the README: 3 seeds and the controls (long; goes on where it stopped)
 	$(BIN)/python experiments/learn.py $(ARGS)
+
+ablation-step1: $(VENV)/.installed  ## ways of making the student's clips in distillation, side by side (long; goes on where it stopped)
+	$(BIN)/python experiments/ablation_step1.py $(ARGS)
 
 tiny: $(VENV)/.installed  ## train the embedded models of assets/tiny again (long)
 	$(BIN)/python experiments/tiny.py $(ARGS)

@@ -56,7 +56,7 @@ def paired(before: Sequence[float | None], after: Sequence[float | None]) -> Pai
     if not changes:
         return None
     count = len(changes)
-    half = _t95(count - 1) * statistics.stdev(changes) / math.sqrt(count) if count > 1 else math.inf
+    half = t95(count - 1) * statistics.stdev(changes) / math.sqrt(count) if count > 1 else math.inf
     return Paired(statistics.fmean(changes), half, count)
 
 
@@ -75,7 +75,7 @@ def relative(before: float, after: float) -> str:
     return f"{abs(change):.1f} % {'better' if change < 0 else 'worse'}" if change else "unchanged"
 
 
-def _t95(freedom: int) -> float:
+def t95(freedom: int) -> float:
     """97.5 % quantile of Student's t, within 1 % (Abramowitz and Stegun 26.7.5, which is too small below 3)."""
     if freedom < 3:
         return (12.706, 4.303)[freedom - 1]

@@ -47,7 +47,7 @@ def test_a_clip_counts_where_both_errors_are_finite() -> None:
 
 @pytest.mark.parametrize(("freedom", "quantile"), [(1, 12.706), (2, 4.303), (3, 3.182), (7, 2.365), (127, 1.979)])
 def test_quantiles_are_those_of_the_tables(freedom: int, quantile: float) -> None:
-    assert verdict._t95(freedom) == pytest.approx(quantile, rel=0.01)
+    assert verdict.t95(freedom) == pytest.approx(quantile, rel=0.01)
 
 
 def test_percent_has_no_sign_where_a_word_says_the_direction() -> None:

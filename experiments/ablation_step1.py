@@ -1,0 +1,129 @@
+"""Step 1 side by side: `python experiments/ablation_step1.py` (`make ablation-step1`).
+
+For every seed one student per way of making clips, from the same teacher with the same number of updates: Self-Rollout,
+Self-Forcing with chunks of 1 and of 3 frames (the paper's baseline), teacher forcing. Beside them the initial model and
+the teacher, which take many steps and see the whole clip. All on the same held-out clips and noise, with the last
+weights: sampled by the ODE and by re-noising, at the training length and at two and four times that.
+The result is `docs/results/step1.jsonl`, `step1.md` (the table) and `step1.png` (error along the clip). Interrupt it at
+will: it goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+from runtime.cells import Cell, Probe, Row, run_all, spread, weights_of
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "docs" / "results"
+FRAMES = 9
+STUDENTS = {
+    "self_rollout": ("strategy=self_rollout",),
+    "self_forcing": ("strategy=self_forcing",),
+    "self_forcing_chunk3": ("strategy=self_forcing", "rollout.chunk=3"),
+    "teacher_forcing": ("strategy=teacher_forcing",),
+}
+MANY_STEPS = "rollout.sigmas=[" + ",".join(f"{1 - i / 16:g}" for i in range(17)) + "]"
+METRICS = {
+    "motion_error_px": "motion error, px",
+    "motion_consistency": "motion consistency",
+    "smoothness": "smoothness",
+    "frechet": "Frechet",
+    "frechet_video": "Frechet, video",
+}
+PROBES = {"renoise": "re-noised", "long2": "2 x length", "long4": "4 x length"}
+
+
+def cells(seeds: int, clips: int, options: list[str]) -> list[Cell]:
+    """All cells of the table; `options` go to every `distill.py`."""
+    shared = (f"evaluation.clips={clips}", "evaluation.every=0", "logger=local")
+    whole = (*shared, MANY_STEPS, f"rollout.chunk={FRAMES}")
+    found = [Cell(name, 0, "evaluate.py", (*whole, f"model.transformer={name}")) for name in ("initial", "teacher")]
+    for seed in range(seeds):
+        for arm, strategy in STUDENTS.items():
+            chunk = [text for text in strategy if text.startswith("rollout.chunk")]
+            student = (*shared, *chunk, "model.transformer={folder}/transformer")
+            probes = (
+                Probe("renoise", (*student, "evaluation.sampler=renoise")),
+                Probe("long2", (*student, f"rollout.frames={2 * FRAMES}")),
+                Probe("long4", (*student, f"rollout.frames={4 * FRAMES}")),
+            )
+            overrides = (*shared, *strategy, *options, f"seed={seed}", "resume=true")
+            found.append(Cell(arm, seed, "distill.py", overrides, probes))
+    return found
+
+
+def arms_of(rows: list[Row]) -> dict[str, list[Row]]:
+    """Rows by arm, in the order of the rows."""
+    return {row["arm"]: [other for other in rows if other["arm"] == row["arm"]] for row in rows}
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown: a line per arm, mean ± standard deviation over seeds; further samplers and lengths by motion error."""
+    heads = [*METRICS.values(), *(f"{name}: px" for name in PROBES.values())]
+    lines = ["| | seeds | " + " | ".join(heads) + " | seconds |", "|---" * (len(heads) + 3) + "|"]
+    for arm, members in arms_of(rows).items():
+        values = [spread([m["after"][key] for m in members]) for key in METRICS]
+        values += [
+            spread([m["probes"][name]["after"]["motion_error_px"] for m in members]) if members[0]["probes"] else ""
+            for name in PROBES
+        ]
+        trained = [float(m["seconds"]) for m in members if m["seconds"] is not None]
+        seconds = f"{statistics.mean(trained):.0f}" if trained else ""
+        lines.append(f"| {arm} | {len(members)} | {' | '.join(values)} | {seconds} |")
+    truth = next(r for r in rows if r["truth"])["truth"]
+    rest = " |" * (len(PROBES) + 1)
+    lines.append("| true clips | | " + " | ".join(f"{truth[key]:.3f}" for key in METRICS) + " |" + rest)
+    return "\n".join(lines) + "\n"
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """Plot the error along clips of four times the training length: mean over seeds, and its range."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for arm, members in arms_of(rows).items():
+        curves = [m["probes"]["long4"]["error_by_frame"] for m in members if m["probes"]]
+        if not curves:
+            continue
+        frames = range(1, len(curves[0]) + 1)
+        columns = list(zip(*curves, strict=True))
+        axes.plot(frames, [statistics.mean(c) for c in columns], label=arm.replace("_", " "))
+        axes.fill_between(frames, [min(c) for c in columns], [max(c) for c in columns], alpha=0.15)
+    axes.axvline(FRAMES - 1, color="0.5", linestyle="--", linewidth=1)
+    axes.annotate("end of the clips in training", (FRAMES - 0.8, 0), xycoords=("data", "axes fraction"), color="0.4")
+    axes.set(xlabel="latent frame", ylabel="motion error, px", ylim=(0, None))
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Run what is missing; write table and figure."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--clips", type=int, default=64, help="held-out clips")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one CPU thread each")
+    parser.add_argument("--out", type=Path, default=Path("outputs/step1"))
+    parser.add_argument("options", nargs="*", help="overrides of distill.py, such as stage.dmd.steps=600")
+    options = parser.parse_args()
+    todo = cells(options.seeds, options.clips, options.options)
+    rows = []
+    for cell, row in run_all(todo, options.out, weights_of(ROOT / "assets" / "tiny"), options.jobs):
+        print(f"{cell.name}: motion error {row['after']['motion_error_px']:.3f} px", flush=True)
+        rows.append(row)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / "step1.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (RESULTS / "step1.md").write_text(table(rows))
+    draw(rows, RESULTS / "step1.png")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""Tables of many runs: each cell is a run of its own, in a folder of its own, and is run once.
+
+A finished cell is not run again as long as its command and the weights it starts from are the same; an unfinished one
+goes on from what it left.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runtime.checkpoint import sha256
+from runtime.verdict import t95
+
+EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A further evaluation of a cell's model.
+
+    Attributes:
+        name: its folder below the cell's.
+        overrides: of `evaluate.py`; `{folder}` is the cell's folder.
+    """
+
+    name: str
+    overrides: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: a script with overrides, and evaluations of what came out.
+
+    Attributes:
+        arm: what is compared.
+        seed: of the run.
+        script: in `experiments/`.
+        overrides: of the script.
+        probes: run after it.
+    """
+
+    arm: str
+    seed: int
+    script: str
+    overrides: tuple[str, ...]
+    probes: tuple[Probe, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Name of the cell and of its folder."""
+        return f"{self.arm}_{self.seed}"
+
+    @property
+    def command(self) -> str:
+        """What one would type for it."""
+        return " ".join(["python", f"experiments/{self.script}", *self.overrides])
+
+
+def run_all(cells: Sequence[Cell], out: Path, weights: str, jobs: int) -> Iterator[tuple[Cell, Row]]:
+    """Run what is missing, `jobs` cells at a time on one CPU thread each; yields results in the order of `cells`."""
+    with ThreadPoolExecutor(jobs) as pool:
+        yield from zip(cells, pool.map(lambda cell: run(cell, out, 1, weights), cells), strict=True)
+
+
+def weights_of(assets: Path) -> str:
+    """Short hash of all weights that a cell may start from or be judged by."""
+    digest = hashlib.sha256()
+    for path in sorted(assets.rglob("*.safetensors")):
+        digest.update(f"{path.relative_to(assets)} {sha256(path)}".encode())
+    return digest.hexdigest()[:16]
+
+
+def run(cell: Cell, out: Path, threads: int, weights: str) -> dict[str, Any]:
+    """Run a cell unless it is done; return its result.
+
+    Raises:
+        RuntimeError: the run failed (its log says why), or its folder holds another one.
+    """
+    folder = out / cell.name
+    result, begun = folder / "result.json", folder / "begun.json"
+    identity = {"command": cell.command, "weights": weights}
+    if result.is_file():
+        row = dict(json.loads(result.read_text()))
+        if {key: row.get(key) for key in identity} != identity:
+            raise RuntimeError(f"{folder} holds the result of another command or of other weights; remove it, or --out")
+        return row
+    if begun.is_file() and json.loads(begun.read_text()) != identity:
+        raise RuntimeError(f"{folder} holds the start of another command or of other weights; remove it, or --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    begun.write_text(json.dumps(identity))
+    _start(cell.script, cell.overrides, folder, threads)
+    probes = {}
+    for probe in cell.probes:
+        place = folder / probe.name
+        if not (place / "evaluation.json").is_file():
+            place.mkdir(exist_ok=True)
+            _start("evaluate.py", tuple(text.format(folder=folder) for text in probe.overrides), place, threads)
+        found = json.loads((place / "evaluation.json").read_text())
+        probes[probe.name] = {"after": found["policy"], "error_by_frame": found["error_by_frame"]}
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    row = {
+        "arm": cell.arm,
+        "seed": cell.seed,
+        "before": evaluation.get("before"),
+        "after": evaluation.get("after", evaluation.get("policy")),
+        "truth": evaluation.get("truth"),
+        "error_by_frame": evaluation.get("error_by_frame"),
+        "probes": probes,
+        "seconds": training_seconds(folder, evaluation),
+        "date": time.strftime("%Y-%m-%d"),
+        **identity,
+    }
+    result.write_text(json.dumps(row))
+    return row
+
+
+def _start(script: str, overrides: tuple[str, ...], folder: Path, threads: int) -> None:
+    """Run a script to its end; its output goes to `log.txt`."""
+    command = [sys.executable, str(EXPERIMENTS / script), f"run_dir={folder}", f"engine.threads={threads}", *overrides]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    with (folder / "log.txt").open("a") as log:
+        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+    if done.returncode != 0:
+        raise RuntimeError(f"{folder.name} failed with exit code {done.returncode}; see {folder / 'log.txt'}")
+
+
+def training_seconds(folder: Path, evaluation: dict[str, Any]) -> int | None:
+    """Seconds of training alone, over all parts of an interrupted run; None where nothing was trained."""
+    metrics = folder / "metrics.jsonl"
+    if "seconds" in evaluation:
+        return round(evaluation["seconds"])
+    if not metrics.is_file():
+        return None
+    rows = map(json.loads, metrics.read_text().splitlines())
+    return round(sum(value for row in rows for key, value in row.items() if key.startswith("seconds/")))
+
+
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation over seeds, as text."""
+    return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """95 % interval of the mean of two or more values (Student's t)."""
+    half = t95(len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    mean = statistics.mean(values)
+    return mean - half, mean + half

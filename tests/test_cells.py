@@ -1,0 +1,115 @@
+"""Tables of many runs: a cell is run once, never mistaken for another, and goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments import ablation_step1, learn
+from runtime import cells
+from runtime.cells import Cell, Probe
+
+CELL = Cell("arm", 3, "evaluate.py", ("seed=3",), (Probe("longer", ("model.transformer={folder}/transformer",)),))
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """Scripts that would have run; each leaves a result."""
+    calls: list[tuple[str, ...]] = []
+
+    def start(script: str, overrides: tuple[str, ...], folder: Path, threads: int) -> None:
+        calls.append((script, folder.name, *overrides))
+        found = {"policy": {"motion_error_px": 2.0}, "truth": {}, "error_by_frame": [1.0, 3.0]}
+        (folder / "evaluation.json").write_text(json.dumps(found))
+
+    monkeypatch.setattr(cells, "_start", start)
+    return calls
+
+
+def test_a_cell_is_run_once_with_its_probes(tmp_path: Path, started: list[tuple[str, ...]]) -> None:
+    row = cells.run(CELL, tmp_path, 1, "w")
+    assert started == [
+        ("evaluate.py", "arm_3", "seed=3"),
+        ("evaluate.py", "longer", f"model.transformer={tmp_path / 'arm_3'}/transformer"),
+    ]
+    assert row["after"]["motion_error_px"] == 2.0 and row["probes"]["longer"]["error_by_frame"] == [1.0, 3.0]
+    assert cells.run(CELL, tmp_path, 1, "w") == row and len(started) == 2
+
+
+def test_what_was_interrupted_goes_on(tmp_path: Path, started: list[tuple[str, ...]]) -> None:
+    cells.run(CELL, tmp_path, 1, "w")
+    (tmp_path / "arm_3" / "result.json").unlink()
+    cells.run(CELL, tmp_path, 1, "w")
+    assert [call[1] for call in started] == ["arm_3", "longer", "arm_3"], "the probe was done"
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize(("changed", "weights"), [(("seed=4",), "w"), (("seed=3",), "other")])
+def test_another_command_or_other_weights_are_refused(
+    tmp_path: Path, started: list[tuple[str, ...]], finished: bool, changed: tuple[str, ...], weights: str
+) -> None:
+    cells.run(CELL, tmp_path, 1, "w")
+    if not finished:
+        (tmp_path / "arm_3" / "result.json").unlink()
+    with pytest.raises(RuntimeError, match="another command or of other weights"):
+        cells.run(Cell("arm", 3, "evaluate.py", changed), tmp_path, 1, weights)
+
+
+def test_weights_are_told_apart_by_content_and_place(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "m.safetensors").write_bytes(b"1")
+    first = cells.weights_of(tmp_path)
+    (tmp_path / "note.json").write_text("{}")
+    assert cells.weights_of(tmp_path) == first
+    (tmp_path / "a").rename(tmp_path / "b")
+    moved = cells.weights_of(tmp_path)
+    (tmp_path / "b" / "m.safetensors").write_bytes(b"2")
+    assert len({first, moved, cells.weights_of(tmp_path)}) == 3
+
+
+def test_seconds_are_those_of_training_over_all_parts(tmp_path: Path) -> None:
+    rows = [
+        {"step": 0, "eval/x": 1},
+        {"step": 1, "seconds/rollout": 2.5, "seconds/rest": 0.5},
+        {"step": 2, "seconds/rest": 4},
+    ]
+    assert cells.training_seconds(tmp_path, {}) is None
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert cells.training_seconds(tmp_path, {}) == 7
+    assert cells.training_seconds(tmp_path, {"seconds": 12.4}) == 12
+
+
+def test_intervals_by_hand() -> None:
+    """Mean 2, standard deviation 1, t = 4.303 for three values."""
+    low, high = cells.interval([1.0, 2.0, 3.0])
+    assert (low, high) == pytest.approx((2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5))
+
+
+def row(arm: str, seed: int, error: float, probes: bool = False) -> dict[str, Any]:
+    metrics = dict.fromkeys({*learn.METRICS, *ablation_step1.METRICS}, 1.0) | {"motion_error_px": error}
+    found = (
+        {name: {"after": metrics, "error_by_frame": [error] * 8} for name in ablation_step1.PROBES} if probes else {}
+    )
+    return {"arm": arm, "seed": seed, "after": metrics, "truth": metrics, "seconds": 60, "probes": found}
+
+
+def test_the_tables_say_what_was_found(tmp_path: Path) -> None:
+    found = learn.table([row("student", 0, 4.0), *(row("grpo", s, e) for s, e in enumerate((2.0, 3.0, 4.0)))])
+    assert "| grpo | 3 | 3.000 ± 1.000 |" in found and "-50.0 %, -25.0 %, +0.0 %; mean in [-87.1, +37.1] %" in found
+    rows = [row("teacher", 0, 1.0), *(row("self_rollout", s, e, probes=True) for s, e in enumerate((2.0, 4.0)))]
+    found = ablation_step1.table(rows)
+    assert found.count("3.000 ± 1.414") == 4 and len({line.count("|") for line in found.splitlines()}) == 1
+    ablation_step1.draw(rows, tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").stat().st_size > 5000
+
+
+def test_the_cells_of_step_1_are_all_arms_and_seeds() -> None:
+    made = ablation_step1.cells(2, 8, ["stage.dmd.steps=5"])
+    assert [c.name for c in made[:2]] == ["initial_0", "teacher_0"] and len(made) == 2 + 2 * len(
+        ablation_step1.STUDENTS
+    )
+    chunked = next(c for c in made if c.arm == "self_forcing_chunk3")
+    assert "stage.dmd.steps=5" in chunked.overrides and all("rollout.chunk=3" in p.overrides for p in chunked.probes)
