@@ -23,7 +23,7 @@ def check(settings: Settings) -> None:
         ValueError: settings that contradict each other.
         FileNotFoundError: a file or folder that does not exist.
     """
-    for rule in (groups, minibatches, stochasticity, trackers, scorers, frames, clips, run_folder):
+    for rule in (groups, minibatches, stochasticity, trackers, scorers, frames, clips, step1, run_folder):
         rule(settings)
 
 
@@ -118,6 +118,20 @@ def clips(settings: Settings) -> None:
             f"world={_name(settings.world).lower()} has no clips in its {split} split; add "
             f"clips, or choose another evaluation.split or world",
         )
+
+
+def step1(settings: Settings) -> None:
+    """Adapters go on top of the model's own weights; whole weights cannot be put under them later."""
+    adapters = getattr(settings.adaptation, "kind", "full") == "lora"
+    require(
+        not (adapters and getattr(settings.stage, "from_teacher", False)),
+        "stage.from_teacher=true replaces the model's weights, which adaptation=lora builds on; start from the teacher by "
+        "stage.from_teacher=false model.transformer=<folder of the teacher>",
+    )
+    require(
+        not (adapters and getattr(settings.stage, "fresh", False)),
+        "stage.fresh=true draws all weights anew, and adaptation=lora would freeze them; use adaptation=full",
+    )
 
 
 def run_folder(settings: Settings) -> None:

@@ -107,6 +107,7 @@ def test_every_strategy_moves_the_student(model: Path, tmp_path: Path, strategy:
         (["stage.teacher=nosuch"], "nosuch has no config.json"),
         (["stage.eta=1.5"], r"stage.eta must lie in \[0, 1\]"),
         (["stage.dmd.batch=9"], "a batch repeats no clip"),
+        (["adaptation=lora"], "stage.from_teacher=false"),
         (["strategy.exit=sometimes"], "per_video, per_frame"),
         ([f"stage.{name}.steps=0" for name in NAMES], "every stage has 0"),
     ],
