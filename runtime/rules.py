@@ -125,8 +125,8 @@ def step1(settings: Settings) -> None:
     adapters = getattr(settings.adaptation, "kind", "full") == "lora"
     require(
         not (adapters and getattr(settings.stage, "from_teacher", False)),
-        "stage.from_teacher=true replaces the model's weights, which adaptation=lora builds on; start from the teacher by "
-        "stage.from_teacher=false model.transformer=<folder of the teacher>",
+        "stage.from_teacher=true replaces the model's weights, which adaptation=lora builds on; start from the teacher "
+        "by stage.from_teacher=false model.transformer=<folder of the teacher>",
     )
     require(
         not (adapters and getattr(settings.stage, "fresh", False)),
