@@ -37,21 +37,30 @@ METRICS = {
 PROBES = {"renoise": "re-noised", "long2": "2 x length", "long4": "4 x length"}
 
 
-def cells(seeds: int, clips: int, options: list[str]) -> list[Cell]:
-    """All cells of the table; `options` go to every `distill.py`."""
+def cells(seeds: int, clips: int, initial: str, teacher: str, options: list[str]) -> list[Cell]:
+    """All cells of the table.
+
+    Args:
+        seeds: seeds 0 .. seeds - 1.
+        clips: held-out clips.
+        initial, teacher: folders of the two models.
+        options: overrides of every `distill.py`; those of `rollout` and `world` hold for the evaluations too.
+    """
     shared = (f"evaluation.clips={clips}", "evaluation.every=0", "logger=local")
     whole = (*shared, MANY_STEPS, f"rollout.chunk={FRAMES}")
-    found = [Cell(name, 0, "evaluate.py", (*whole, f"model.transformer={name}")) for name in ("initial", "teacher")]
+    models = {"initial": initial, "teacher": teacher}
+    found = [Cell(name, 0, "evaluate.py", (*whole, f"model.transformer={path}")) for name, path in models.items()]
+    common = [text for text in options if text.startswith(("rollout.", "world"))]
     for seed in range(seeds):
         for arm, strategy in STUDENTS.items():
             chunk = [text for text in strategy if text.startswith("rollout.chunk")]
-            student = (*shared, *chunk, "model.transformer={folder}/transformer")
+            student = (*shared, *common, *chunk, "model.transformer={folder}/transformer")
             probes = (
                 Probe("renoise", (*student, "evaluation.sampler=renoise")),
                 Probe("long2", (*student, f"rollout.frames={2 * FRAMES}")),
                 Probe("long4", (*student, f"rollout.frames={4 * FRAMES}")),
             )
-            overrides = (*shared, *strategy, *options, f"seed={seed}", "resume=true")
+            overrides = (*shared, *strategy, f"stage.teacher={teacher}", *options, f"seed={seed}", "resume=true")
             found.append(Cell(arm, seed, "distill.py", overrides, probes))
     return found
 
@@ -75,8 +84,10 @@ def table(rows: list[Row]) -> str:
         seconds = f"{statistics.mean(trained):.0f}" if trained else ""
         lines.append(f"| {arm} | {len(members)} | {' | '.join(values)} | {seconds} |")
     truth = next(r for r in rows if r["truth"])["truth"]
+    extractor = next((r["extractor"] for r in rows if r.get("extractor")), "?")
     rest = " |" * (len(PROBES) + 1)
     lines.append("| true clips | | " + " | ".join(f"{truth[key]:.3f}" for key in METRICS) + " |" + rest)
+    lines += ["", f"Frechet distances are between features of {extractor}."]
     return "\n".join(lines) + "\n"
 
 
@@ -111,11 +122,15 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=64, help="held-out clips")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one CPU thread each")
     parser.add_argument("--out", type=Path, default=Path("outputs/step1"))
-    parser.add_argument("options", nargs="*", help="overrides of distill.py, such as stage.dmd.steps=600")
+    parser.add_argument("--initial", required=True, help="folder of the initial model, from experiments/finetune.py")
+    parser.add_argument("--teacher", required=True, help="folder of the teacher, likewise")
+    parser.add_argument("options", nargs="*", help="overrides of distill.py, such as updates=100")
     options = parser.parse_args()
-    todo = cells(options.seeds, options.clips, options.options)
+    todo = cells(options.seeds, options.clips, options.initial, options.teacher, options.options)
     rows = []
-    for cell, row in run_all(todo, options.out, weights_of(ROOT / "assets" / "tiny"), options.jobs):
+    folders = (ROOT / "assets" / "tiny", Path(options.initial), Path(options.teacher))
+    weights = " ".join(weights_of(folder) for folder in folders)
+    for cell, row in run_all(todo, options.out, weights, options.jobs):
         print(f"{cell.name}: motion error {row['after']['motion_error_px']:.3f} px", flush=True)
         rows.append(row)
     RESULTS.mkdir(parents=True, exist_ok=True)

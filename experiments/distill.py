@@ -21,36 +21,30 @@ if TYPE_CHECKING:
 
 def run(plan: Plan) -> None:
     """Train, evaluate, and write `transformer/` and `evaluation.json` into `run_dir`."""
+    from policies.causal_dit import CausalWanTransformer3DModel
     from runtime.session import Session
     from runtime.supervised import conclude
 
+    stage = plan.settings.stage
     with setup_phase():
         session = Session(plan.settings, plan.config)
-    conclude(session, lambda work: train(session, work))
+        folder = replace(plan.settings.model, transformer=stage.teacher).network
+        teacher = CausalWanTransformer3DModel.from_pretrained(folder, local_files_only=True).to(session.device).eval()
+        if stage.from_teacher:
+            session.episodes.networks.transformer.load_state_dict(teacher.state_dict())
+    conclude(session, lambda work: train(session, teacher, work))
 
 
-def train(session: Session, work: Path) -> CausalWanTransformer3DModel:
-    """Run the stages that have steps, one after the other; returns the student."""
+def train(session: Session, teacher: CausalWanTransformer3DModel, work: Path) -> CausalWanTransformer3DModel:
+    """Run the stages, one after the other; returns the student."""
     from algorithms.distillation.chain import Distillation
-    from algorithms.pretraining.flow import encode_pool
-    from policies.causal_dit import CausalWanTransformer3DModel
 
     settings, networks, stage = session.settings, session.episodes.networks, session.settings.stage
-    with setup_phase():
-        folder = replace(settings.model, transformer=stage.teacher).network
-        teacher = CausalWanTransformer3DModel.from_pretrained(folder, local_files_only=True).to(session.device).eval()
-    pools = [
-        encode_pool(settings.world, networks.video, networks.text, bucket, stage.pool, track_noise=stage.track_noise)
-        for bucket in settings.world.buckets
-    ]
-    student = networks.transformer
-    if stage.from_teacher:
-        student.load_state_dict(teacher.state_dict())
+    pools = networks.pools(settings.world, stage.pool, stage.track_noise)
     negative = networks.text.encode([stage.negative_prompt])
-    chain = Distillation(
-        stage, settings.strategy, session.actor.causality, settings.rollout.sigmas, settings.seed, print
-    )
-    return chain.run(student, teacher, negative, pools, work)
+    rule, sigmas = session.actor.causality, settings.rollout.sigmas
+    chain = Distillation(stage, settings.strategy, rule, sigmas, settings.updates, settings.seed, print)
+    return chain.run(networks.transformer, teacher, negative, pools, work)
 
 
 if __name__ == "__main__":

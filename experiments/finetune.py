@@ -26,24 +26,40 @@ def run(plan: Plan) -> None:
 
     with setup_phase():
         session = Session(plan.settings, plan.config)
+        start(session)
     conclude(session, lambda work: train(session, work))
+
+
+def start(session: Session) -> None:
+    """Give the transformer the weights that training begins with.
+
+    Raises:
+        ValueError: the model has no control yet, and what trains cannot give it any.
+    """
+    from algorithms.distillation.finetune import fresh
+
+    model, stage = session.episodes.networks.transformer, session.settings.stage
+    if stage.fresh:
+        model.load_state_dict(fresh(model, session.settings.seed).state_dict())
+    embedding = model.patch_embedding.weight
+    channels = model.config.out_channels
+    if stage.control and not embedding.requires_grad and not embedding[:, -channels:].any():
+        raise ValueError(
+            f"model.transformer={session.settings.model.transformer} knows no control yet, and "
+            f"adaptation={session.settings.adaptation.kind} does not train the patch embedding; use adaptation=full"
+        )
 
 
 def train(session: Session, work: Path) -> CausalWanTransformer3DModel:
     """Fine-tune the session's transformer; returns the averaged weights."""
-    from algorithms.distillation.finetune import finetune, fresh
-    from algorithms.pretraining.flow import encode_pool
+    from algorithms.distillation.finetune import finetune
 
     settings, networks, stage = session.settings, session.episodes.networks, session.settings.stage
-    model = networks.transformer
-    if stage.fresh:
-        model.load_state_dict(fresh(model, settings.seed).state_dict())
-    pools = [
-        encode_pool(settings.world, networks.video, networks.text, bucket, stage.pool, track_noise=stage.track_noise)
-        for bucket in settings.world.buckets
-    ]
+    pools = networks.pools(settings.world, stage.pool, stage.track_noise)
     negative = networks.text.encode([stage.negative_prompt])
-    return finetune(pools, stage, model, negative, settings.updates, settings.seed, print, work / "state.pt")
+    return finetune(
+        pools, stage, networks.transformer, negative, settings.updates, settings.seed, print, work / "state.pt"
+    )
 
 
 if __name__ == "__main__":

@@ -35,16 +35,13 @@ def run(plan: Plan) -> None:
 
 def train(session: Session, work: Path) -> CausalWanTransformer3DModel:
     """Run the last stage from the session's transformer on fresh clips."""
-    from algorithms.pretraining.flow import WEAK_TRACKS, encode_pool, train_few_step
+    from algorithms.pretraining.flow import WEAK_TRACKS, train_few_step
 
     settings, networks = session.settings, session.episodes.networks
     sigmas, clips = list(settings.rollout.sigmas), WEAK_TRACKS.pool
     stage = replace(WEAK_TRACKS, seed=2 + settings.seed, sigmas=sigmas, steps=settings.updates)
     first = FIRST_CLIP + settings.seed * clips
-    pools = [
-        encode_pool(settings.world, networks.video, networks.text, bucket, clips, first, stage.track_noise)
-        for bucket in settings.world.buckets
-    ]
+    pools = networks.pools(settings.world, clips, stage.track_noise, first)
     return train_few_step(pools, stage, networks.transformer, print, work / "state.pt")
 
 

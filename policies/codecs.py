@@ -55,7 +55,7 @@ class VideoCodec(nn.Module):
         """
         if video.shape[2] % 4 != 1:
             raise ValueError(f"a video of {video.shape[2]} frames cannot be encoded; the VAE takes 1 + 4 k frames")
-        video = video.contiguous(memory_format=torch.channels_last_3d)
+        video = video.to(self.mean.device).contiguous(memory_format=torch.channels_last_3d)
         latents = self.vae.encode(video).latent_dist.mode().transpose(1, 2)
         return ((latents - self.mean) / self.std).contiguous()
 

@@ -64,8 +64,9 @@ class Cell:
 
     @property
     def command(self) -> str:
-        """What one would type for it."""
-        return " ".join(["python", f"experiments/{self.script}", *self.overrides])
+        """What one would type for it, then for its probes."""
+        runs = [(self.script, self.overrides), *(("evaluate.py", probe.overrides) for probe in self.probes)]
+        return "; ".join(" ".join(["python", f"experiments/{script}", *overrides]) for script, overrides in runs)
 
 
 def run_all(cells: Sequence[Cell], out: Path, weights: str, jobs: int) -> Iterator[tuple[Cell, Row]]:
@@ -117,6 +118,7 @@ def run(cell: Cell, out: Path, threads: int, weights: str) -> dict[str, Any]:
         "after": evaluation.get("after", evaluation.get("policy")),
         "truth": evaluation.get("truth"),
         "error_by_frame": evaluation.get("error_by_frame"),
+        "extractor": evaluation.get("extractor"),
         "probes": probes,
         "seconds": training_seconds(folder, evaluation),
         "date": time.strftime("%Y-%m-%d"),

@@ -3,6 +3,7 @@ torch."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 import runtime.hydra_sum  # noqa: F401  registers reward=motion+0.5*aesthetic
 from runtime import STARTED, rules, schema
 from runtime.checkpoint import read_state
-from runtime.identity import differences, flatten
+from runtime.identity import BEGUN, differences, flatten, identity
 from runtime.settings import Settings
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -57,7 +58,9 @@ def validate(cfg: DictConfig) -> Plan:
         _same_model(Path(settings.checkpoint), config)
     settings.model.check(settings.rollout.frames)
     if hasattr(settings.stage, "teacher"):
-        replace(settings.model, transformer=settings.stage.teacher).check(settings.rollout.frames)
+        _check_teacher(settings)
+    if settings.resume and settings.stage is not None:
+        _same_run(Path(str(settings.run_dir)), config)
     return Plan(settings, config)
 
 
@@ -101,6 +104,23 @@ def one_line(text: str) -> str:
     text = re.split(r"\n\s*Config search path:|\n\s*object_type=|\n\s*reference_type=", text)[0]
     lines = [" ".join(line.split()) for line in text.splitlines()]
     return re.sub(r"[.;]+;", ";", "; ".join(line for line in lines if line)).replace(":;", ":")
+
+
+def _check_teacher(settings: Settings) -> None:
+    teacher = replace(settings.model, transformer=settings.stage.teacher)
+    teacher.check(settings.rollout.frames)
+    layers, file = settings.stage.dmd.layers, teacher.network / "config.json"
+    blocks = json.loads(file.read_text())["num_layers"] if file.is_file() else len(layers)
+    if not layers or not all(0 <= i < blocks for i in layers):
+        raise ValueError(f"stage.dmd.layers={layers}: the teacher has blocks 0 .. {blocks - 1}")
+
+
+def _same_run(folder: Path, config: dict[str, Any]) -> None:
+    """Refuse to go on with a run of supervised training that had another config."""
+    note = folder / BEGUN
+    found = differences(json.loads(note.read_text())["identity"], identity(config)) if note.is_file() else []
+    if found:
+        raise ValueError(f"resume=true: not the config of the run in {folder}: {'; '.join(found)}")
 
 
 def _same_model(folder: Path, config: dict[str, Any]) -> None:

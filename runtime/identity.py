@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+# In the folder of a run of supervised training: what it began with, by which it is recognised.
+BEGUN = "training/begun.json"
+
 # Keys that say where and how long a run goes, not what it computes: a resumed run may change them.
 VOLATILE = ("run_dir", "resume", "updates", "saving", "evaluation.every", "logger", "device")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import diffusers
 import transformers
@@ -10,12 +11,15 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 from transformers import AutoTokenizer, UMT5EncoderModel
 
-from data.clip import ClipBatch
+from data.clip import ClipBatch, World
 from data.draws import Stream, normals
 from envs.control import MASK_CHANNELS, assemble_condition, heatmap
 from policies.causal_dit import CausalWanTransformer3DModel
 from policies.codecs import TextCodec, VideoCodec
 from runtime.models import Pretrained
+
+if TYPE_CHECKING:
+    from algorithms.pretraining.flow import LatentPool
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,15 @@ class Networks:
         keys = [(*key, m) for key in noise_keys for m in range(frames)]
         noise = normals(Stream.REFERENCE_NOISE, keys, shape).unflatten(0, (len(noise_keys), frames))
         return assemble_condition(reference, control, noise.to(device))
+
+    def pools(self, world: World, count: int, track_noise: float = 0.0, first: int = 0) -> list[LatentPool]:
+        """Encoded training clips `first .. first + count - 1` of every frame size; see `encode_pool`."""
+        from algorithms.pretraining.flow import encode_pool
+
+        return [
+            encode_pool(world, self.video, self.text, bucket, count, first, track_noise, self.control)
+            for bucket in world.buckets
+        ]
 
 
 def load_networks(model: Pretrained, device: str) -> Networks:

@@ -10,6 +10,7 @@ import numpy as np
 
 from data.draws import Stream, generator
 from runtime.checkpoint import complete_steps, read_state
+from runtime.identity import BEGUN
 from runtime.settings import Settings, require
 
 # Most latent frames of a schedule's dry run.
@@ -23,7 +24,8 @@ def check(settings: Settings) -> None:
         ValueError: settings that contradict each other.
         FileNotFoundError: a file or folder that does not exist.
     """
-    for rule in (groups, minibatches, stochasticity, trackers, scorers, frames, clips, step1, run_folder):
+    learning = (groups, minibatches, stochasticity) if settings.stage is None else (step1,)
+    for rule in (*learning, trackers, scorers, frames, clips, run_folder):
         rule(settings)
 
 
@@ -121,16 +123,22 @@ def clips(settings: Settings) -> None:
 
 
 def step1(settings: Settings) -> None:
-    """Adapters go on top of the model's own weights; whole weights cannot be put under them later."""
-    adapters = getattr(settings.adaptation, "kind", "full") == "lora"
+    """What `finetune.py` and `distill.py` are asked to do."""
+    stage, whole = settings.stage, getattr(settings.adaptation, "kind", "full") == "full"
+    for option in ("from_teacher", "fresh"):
+        require(
+            whole or not getattr(stage, option, False),
+            f"stage.{option}=true replaces all weights, but only a part trains; use adaptation=full, or "
+            f"stage.{option}=false and model.transformer=<folder to start from>",
+        )
+        require(
+            settings.checkpoint is None or not getattr(stage, option, False),
+            f"checkpoint={settings.checkpoint} has no effect with stage.{option}=true; take one of them out",
+        )
+    wide = getattr(settings.strategy, "frames", 0)
     require(
-        not (adapters and getattr(settings.stage, "from_teacher", False)),
-        "stage.from_teacher=true replaces the model's weights, which adaptation=lora builds on; start from the teacher "
-        "by stage.from_teacher=false model.transformer=<folder of the teacher>",
-    )
-    require(
-        not (adapters and getattr(settings.stage, "fresh", False)),
-        "stage.fresh=true draws all weights anew, and adaptation=lora would freeze them; use adaptation=full",
+        wide <= settings.rollout.frames,
+        f"strategy.frames={wide} is more than rollout.frames={settings.rollout.frames}; make it smaller",
     )
 
 
@@ -142,6 +150,8 @@ def run_folder(settings: Settings) -> None:
             f"add resume=true to go on with it, or choose "
             f"another run_dir"
         )
+    if settings.run_dir and not settings.resume and (Path(settings.run_dir) / BEGUN).is_file():
+        raise ValueError(f"run_dir={settings.run_dir} holds an earlier run; add resume=true, or choose another run_dir")
     if settings.checkpoint is not None:
         read_state(Path(settings.checkpoint))
 

@@ -6,7 +6,9 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from runtime.identity import BEGUN, identity
 
 if TYPE_CHECKING:
     from policies.causal_dit import CausalWanTransformer3DModel
@@ -19,7 +21,8 @@ def conclude(session: Session, train: Callable[[Path], CausalWanTransformer3DMod
     """Train a session's transformer; write `transformer/` (diffusers' layout), videos and `evaluation.json`.
 
     Args:
-        session: evaluates before and after, on the same clips and noise.
+        session: evaluates before and after, on the same clips and noise. Its transformer has the weights that training
+            begins with.
         train: takes a folder for its state and returns the trained transformer. With `resume=true` it finds there what
             an interrupted run left.
     """
@@ -27,35 +30,47 @@ def conclude(session: Session, train: Callable[[Path], CausalWanTransformer3DMod
     from runtime.evaluation import error_by_frame, measure
     from runtime.outcome import draw_samples
 
-    settings, folder = session.settings, session.run_dir
-    work, network = folder / "training", session.episodes.networks.transformer
-    if settings.resume and (folder / RESULT).is_file():
+    folder, network = session.run_dir, session.episodes.networks.transformer
+    if (folder / RESULT).is_file():
         print(f"done already: {folder / RESULT}")
         return
-    if work.is_dir() and not settings.resume:
-        raise ValueError(f"run_dir={folder} holds an earlier run; add resume=true to go on with it, or choose another")
-    work.mkdir(parents=True, exist_ok=True)
-    before, _ = session.evaluate()
+    before = _begin(session)
     began = time.time()
-    trained = train(work)
+    trained = train((folder / BEGUN).parent)
     seconds = time.time() - began
     network.load_state_dict(trained.state_dict())
     after, samples = session.evaluate()
     merged(trained).save_pretrained(folder / "transformer")
-    session.iteration = settings.updates
-    session.save()
     draw_samples(folder / "videos", [("true clip", session.truth), ("after", samples)])
     result = {
         "before": before,
         "after": after,
         "truth": measure(session.truth, session.truth, session.judge),
         "error_by_frame": error_by_frame(samples),
+        "extractor": session.judge.features.name,
         "seconds": round(seconds),
-        "updates": settings.updates,
         "config": session.config,
     }
-    (folder / RESULT).write_text(json.dumps(result, indent=1))
+    _write(folder / RESULT, result)
     print(
         f"held-out motion error {before['motion_error_px']:.3f} -> {after['motion_error_px']:.3f} px in {seconds:.0f} s"
     )
     print(f"transformer, results and videos: {folder}")
+
+
+def _begin(session: Session) -> dict[str, float]:
+    """Measure the starting weights, or read what the run that is gone on with measured."""
+    note = session.run_dir / BEGUN
+    if note.is_file():
+        return dict(json.loads(note.read_text())["before"])
+    note.parent.mkdir(parents=True, exist_ok=True)
+    before, _ = session.evaluate()
+    _write(note, {"identity": identity(session.config), "before": before})
+    return before
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON, whole or not at all."""
+    partial = path.with_suffix(".new")
+    partial.write_text(json.dumps(content, indent=1))
+    partial.replace(path)

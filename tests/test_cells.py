@@ -101,15 +101,17 @@ def test_the_tables_say_what_was_found(tmp_path: Path) -> None:
     assert "| grpo | 3 | 3.000 ± 1.000 |" in found and "-50.0 %, -25.0 %, +0.0 %; mean in [-87.1, +37.1] %" in found
     rows = [row("teacher", 0, 1.0), *(row("self_rollout", s, e, probes=True) for s, e in enumerate((2.0, 4.0)))]
     found = ablation_step1.table(rows)
-    assert found.count("3.000 ± 1.414") == 4 and len({line.count("|") for line in found.splitlines()}) == 1
+    assert found.count("3.000 ± 1.414") == 4 and len({line.count("|") for line in found.splitlines()[:-2]}) == 1
     ablation_step1.draw(rows, tmp_path / "curve.png")
     assert (tmp_path / "curve.png").stat().st_size > 5000
 
 
 def test_the_cells_of_step_1_are_all_arms_and_seeds() -> None:
-    made = ablation_step1.cells(2, 8, ["stage.dmd.steps=5"])
+    made = ablation_step1.cells(2, 8, "a", "b", ["updates=5", "rollout.window=3"])
     assert [c.name for c in made[:2]] == ["initial_0", "teacher_0"] and len(made) == 2 + 2 * len(
         ablation_step1.STUDENTS
     )
     chunked = next(c for c in made if c.arm == "self_forcing_chunk3")
-    assert "stage.dmd.steps=5" in chunked.overrides and all("rollout.chunk=3" in p.overrides for p in chunked.probes)
+    assert {"updates=5", "stage.teacher=b"} <= set(chunked.overrides)
+    assert all("rollout.window=3" in p.overrides and "updates=5" not in p.overrides for p in chunked.probes)
+    assert all("rollout.chunk=3" in p.overrides for p in chunked.probes)

@@ -40,7 +40,9 @@ REFUSED_ALONE = {
     ("schedule", "none"): "nothing to learn",
     ("transition", "ode"): "no stochastic steps",
     ("tracker", "lucas_kanade"): "must not be the one that rewards",
+    ("stage", "distill"): "only a part trains",
 }
+REQUIRED = {"distill": ["stage.teacher=teacher"]}  # what a primary cannot know
 REWARDS = sorted(p.stem for p in (CONF / "reward").glob("*.yaml"))
 
 fast = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
@@ -103,7 +105,7 @@ def test_every_choice_composes_validates_builds_and_is_explained(group: str, cho
 
 @pytest.mark.parametrize("primary", PRIMARIES)
 def test_every_primary_validates(primary: str) -> None:
-    assert isinstance(validate(compose(primary)).settings, Settings)
+    assert isinstance(validate(compose(primary, REQUIRED.get(primary, []))).settings, Settings)
 
 
 # sums of rewards

@@ -13,7 +13,7 @@ from torch import Tensor
 from algorithms.distillation import strategies, warmup
 from algorithms.distillation.dmd import DistributionMatching, Players
 from algorithms.distillation.finetune import add_control, bidirectional, finetune, fresh, velocity
-from algorithms.distillation.rollouts import Generated, Student, at_exits, exit_steps, on_truth
+from algorithms.distillation.rollouts import Generated, Student, at_exits, exit_steps, on_noised_truth, on_truth, window
 from algorithms.distillation.scores import Discriminator, Noise, guided_x0, predict_x0
 from algorithms.distillation.settings import DMD, FineTune
 from algorithms.distillation.warmup import Teacher
@@ -212,28 +212,35 @@ def test_teacher_forcing_denoises_given_the_truth() -> None:
 
 
 def test_diffusion_forcing_sees_the_noised_truth() -> None:
-    """Its history stands at its own noise level: neither the clean truth nor level 0 gives the same."""
+    """Its history stands at noise levels of its own, 0 among them, and is seen there."""
     who = student(network())
-    made = strategies.DiffusionForcing()(who)
-    sigma = who.levels(made.exits)
-    level = sigma[..., None, None, None]
-    torch.testing.assert_close(made.frames, (1 - level) * who.truth + level * who.state["latents"])
-    for history, history_sigma in ((who.truth, sigma), (made.frames, None)):
-        other = who.predict(history, made.frames, sigma, history_sigma)
+    steps = exit_steps(who, "per_frame", clean=True)
+    assert steps.unique().tolist() == [0, 1, 2, 3]
+    made = on_noised_truth(who, steps)
+    seen, sigma = TABLE[steps], TABLE[steps.clamp(max=2)]
+
+    def level(of: Tensor) -> Tensor:
+        return (1 - of[..., None, None, None]) * who.truth + of[..., None, None, None] * who.state["latents"]
+
+    torch.testing.assert_close(made.frames, level(seen))
+    assert torch.equal(made.exits, steps.clamp(max=2))
+    x = level(sigma)
+    torch.testing.assert_close(made.x0, who.predict(level(seen), x, sigma, seen))
+    for history, history_sigma in ((who.truth, seen), (made.frames, None)):
+        other = who.predict(history, x, sigma, history_sigma)
         assert torch.equal(other[:, 0], made.x0[:, 0]) and not torch.allclose(other, made.x0, atol=1e-3)
 
 
-def test_a_window_begins_with_a_chunk_and_is_all_that_counts() -> None:
-    who = student(network(), rule=Causality(chunk=3, window=3))
-    made = strategies.Windowed(frames=3)(who)
-    places = {
-        int(strategies.Windowed(frames=3)(student(network(), rule=who.causality, key=k)).mask[0].int().argmax())
-        for k in range(8)
-    }
-    assert made.mask.sum(1).tolist() == [3] * BATCH and places == {0, 3}
-    assert torch.equal(made.frames, strategies.SelfRollout()(who).frames)
-    with pytest.raises(ValueError, match="clips have 6 latent frames"):
-        strategies.Windowed(frames=9)(who)
+@pytest.mark.parametrize(("chunk", "frames", "wide"), [(1, 2, 2), (3, 3, 3), (3, 2, 3), (4, 5, 8)])
+def test_a_window_is_of_whole_chunks_and_reaches_every_frame(chunk: int, frames: int, wide: int) -> None:
+    model, rule = network(), Causality(chunk=chunk, window=4)
+    masks = [window(student(model, rule=rule, key=k), frames)[0] for k in range(40)]
+    assert torch.stack(masks).any(0).all(), "every frame is in some window"
+    assert all(int(mask.int().argmax()) % chunk == 0 and int(mask.sum()) <= wide for mask in masks)
+    assert max(int(mask.sum()) for mask in masks) == min(wide, 6)
+    who = student(model, rule=rule)
+    made = strategies.Windowed(frames=frames)(who)
+    assert torch.equal(made.mask[0], masks[0]) and torch.equal(made.frames, strategies.SelfRollout()(who).frames)
 
 
 class TestTeacher:
@@ -287,6 +294,37 @@ class TestTeacher:
         x0 = draw(1, 3, *LATENT, seed=0).repeat(8, 1, 1, 1, 1)
         return LatentPool(x0, draw(8, 3, *LATENT, seed=1), draw(8, 5, 6, seed=2))
 
+    def test_the_teacher_is_asked_with_its_guidance(self) -> None:
+        model, who = network(), student(network())
+        x, sigma, negative = torch.randn(BATCH, 6, *LATENT), torch.full((BATCH, 6), 0.5), torch.randn(1, 5, 6)
+        rest = (x, sigma, who.state["condition"], who.state["text"])
+        with torch.no_grad():
+            expected = guided_x0(model, *rest, negative, 2.0)
+        assert torch.equal(Teacher(model, negative, 2.0).x0(*rest), expected)
+
+    def test_clips_are_noised_at_levels_of_the_shifted_table(self) -> None:
+        like = torch.zeros(4000, 2, 1, 1, 1)
+        noise = Noise.draw(like, (1,), 5.0)
+        assert torch.equal(noise.sigma[:, 0], noise.sigma[:, 1])
+        u = (torch.arange(4000) + 0.5) / 4000
+        expected = (5 * u / (1 + 4 * u)).clamp(0.02, 0.98)
+        assert (noise.sigma[:, 0].sort().values - expected).abs().max() < 0.03
+        assert not torch.equal(noise.eps, Noise.draw(like, (2,), 5.0).eps)
+
+    def test_some_prompts_give_way_to_the_negative_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        seen: list[Tensor] = []
+        real = velocity
+
+        def spy(model: Any, x: Tensor, sigma: Tensor, condition: Tensor, text: Tensor) -> Tensor:
+            seen.append(text)
+            return real(model, x, sigma, condition, text)
+
+        monkeypatch.setattr("algorithms.distillation.finetune.velocity", spy)
+        negative = torch.full((1, 5, 6), 7.0)
+        finetune([self.pool()], FineTune(batch=8, pool=8, text_dropout=0.25), network(), negative, 40, report=silent)
+        share = float((torch.stack(seen) == 7.0).all((2, 3)).float().mean())
+        assert share == pytest.approx(0.25, abs=0.07)
+
     def test_finetuning_learns_the_point_mass(self) -> None:
         lines: list[str] = []
         stage = FineTune(batch=4, lr=0.01, ema=0.0, pool=8)
@@ -309,7 +347,7 @@ def player(seed: int = 0) -> Players:
 class TestDistributionMatching:
     def matching(self, **changes: Any) -> DistributionMatching:
         players = player()
-        settings = replace(DMD(steps=4, generator_every=2, lr=1e-3, critic_lr=1e-3, layers=[0, 1]), **changes)
+        settings = replace(DMD(generator_every=2, lr=1e-3, critic_lr=1e-3, layers=[0, 1]), **changes)
         return DistributionMatching(
             players, settings, strategies.SelfRollout(), lambda draw: student(players.student, key=draw), seed=0
         )
@@ -335,6 +373,71 @@ class TestDistributionMatching:
         assert metrics["dmd"] == 0
         assert all(torch.equal(a, b) for a, b in zip(before, game.weights, strict=True))
 
+    def test_the_student_is_drawn_from_the_fake_score_to_the_real_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        game = self.matching(adversarial=0.0)
+        who = game.begin(0)
+        made = game.strategy(who)
+        noise = Noise.draw(made.x0, (0,), 5.0)
+        monkeypatch.setattr(Teacher, "x0", lambda self, x, *rest: torch.full_like(x, 3.0))
+        monkeypatch.setattr("algorithms.distillation.dmd.predict_x0", lambda model, x, *rest: torch.full_like(x, -3.0))
+        (gradient,) = torch.autograd.grad(game._generator_loss(who, made, noise)[0], made.x0)
+        assert bool((gradient < 0).all()), "descent raises x0, towards 3"
+
+    def test_the_student_is_drawn_to_what_the_discriminator_takes_for_real(self) -> None:
+        game = self.matching()
+        who = game.begin(0)
+        made = game.strategy(who)
+        noise = Noise.draw(made.x0, (0,), 0.5)
+        game.players.fake.load_state_dict(game.players.teacher.network.state_dict())
+        game.players.teacher = replace(game.players.teacher, guidance=0.0)
+        (gradient,) = torch.autograd.grad(game._generator_loss(who, made, noise)[0], made.x0)
+
+        def logits(x0: Tensor) -> float:
+            with torch.no_grad():
+                return float(game.players.judge(noise.on(x0), noise.sigma, *conditions).mean())
+
+        conditions = (who.state["condition"], who.state["text"])
+        step = 0.05 * gradient / gradient.abs().max()
+        assert logits(made.x0 - step) > logits(made.x0) > logits(made.x0 + step)
+
+    def test_the_fake_score_learns_the_students_clips(self) -> None:
+        game = self.matching(adversarial=0.0)
+        who = game.begin(0)
+        made = game.strategy(who)
+        made = made._replace(x0=made.x0.detach())
+        noise = Noise.draw(made.x0, (0,), 5.0)
+        x = noise.on(made.x0)
+        with torch.no_grad():
+            v = velocity(game.players.fake, x, noise.sigma, who.state["condition"], who.state["text"])
+        found = game._critic_loss(who, made, noise, noise.eps)[1]["flow_matching"]
+        assert found == pytest.approx(float((v - (noise.eps - made.x0)).square().mean()), rel=1e-4)
+
+    def test_what_the_window_leaves_out_is_not_moved(self) -> None:
+        game = self.matching()
+        game.strategy = strategies.Windowed(frames=2)
+        who = game.begin(0)
+        made = game.strategy(who)
+        (gradient,) = torch.autograd.grad(game._generator_loss(who, made, Noise.draw(made.x0, (0,), 5.0))[0], made.x0)
+        assert torch.equal(gradient.abs().amax((2, 3, 4)) > 0, made.mask)
+
+    def test_critics_take_several_steps_for_one_of_the_generator(self) -> None:
+        game = self.matching(generator_every=3)
+        calls: list[tuple[str, int]] = []
+        game.generator_step = lambda draw: calls.append(("generator", draw)) or {}  # type: ignore[method-assign, func-returns-value]
+        game.critic_step = lambda draw: calls.append(("critic", draw)) or {}  # type: ignore[method-assign, func-returns-value]
+        game.train(2, silent)
+        assert [name for name, _ in calls] == (["generator"] + ["critic"] * 3) * 2
+        assert len({draw for _, draw in calls}) == len(calls), "nobody sees another's clips"
+
+    def test_a_gradient_that_is_not_finite_stops_before_the_weights(self) -> None:
+        game = self.matching()
+        before = [p.detach().clone() for p in game.weights]
+        with torch.no_grad():
+            game.players.judge.heads[0][1].weight[0, 0] = float("nan")
+        with pytest.raises(FloatingPointError, match="not finite"):
+            game.generator_step(0)
+        assert all(torch.equal(a, b) for a, b in zip(before, game.weights, strict=True))
+
     def test_weights_of_the_terms(self) -> None:
         game = self.matching()
         who = game.begin(0)
@@ -352,10 +455,10 @@ class TestDistributionMatching:
         )
 
     def test_a_run_that_was_interrupted_ends_as_one_that_was_not(self, tmp_path: Path) -> None:
-        whole = self.matching(steps=7).train(lambda line: None)
-        self.matching(steps=4).train(lambda line: None, tmp_path / "state.pt", every=3)
+        whole = self.matching().train(4, silent)
+        self.matching().train(2, silent, tmp_path / "state.pt", every=3)
         assert (tmp_path / "state.pt").is_file()
-        second = self.matching(steps=7).train(lambda line: None, tmp_path / "state.pt", every=3)
+        second = self.matching().train(4, silent, tmp_path / "state.pt", every=3)
         assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), second.parameters(), strict=True))
 
     def test_the_discriminator_tells_shifted_clips_from_true_ones(self) -> None:
@@ -367,6 +470,14 @@ class TestDistributionMatching:
 
         game.strategy = shifted
         rows = [game.critic_step(draw) for draw in range(60)]
+        who = game.begin(0)
+        noise = Noise.draw(who.truth, (9,), 0.2)
+        conditions = (who.state["condition"], who.state["text"])
+        with torch.no_grad():
+            true, false = (
+                game.players.judge(noise.on(x), noise.sigma, *conditions) for x in (who.truth, who.truth + 1.5)
+            )
+        assert float(true.mean()) > 0 > float(false.mean())
         assert sum(row["discriminator_accuracy"] for row in rows[-10:]) / 10 > 0.8
 
 
@@ -396,6 +507,22 @@ class TestWarmup:
         assert float(loss.detach()) == 0
         other = Teacher(network(3), torch.zeros(1, 5, 6), 1.0)
         assert float(warmup.consistency(who, EMA(model, 0.9), other, (5,), substeps=4, huber=0.0)[0].detach()) > 0
+
+    def test_consistency_asks_at_two_neighbouring_levels_of_the_finer_table(self) -> None:
+        model, asked = network(), []
+        who = student(model)
+        real = Student.predict
+
+        class Spy(Student):
+            def predict(self, history: Tensor, x: Tensor, sigma: Tensor, history_sigma: Tensor | None = None) -> Tensor:
+                asked.append(sigma)
+                return real(self, history, x, sigma, history_sigma)
+
+        spy = Spy(who.network, who.kernel, who.causality, who.state, who.truth)
+        warmup.consistency(spy, EMA(model, 0.9), Teacher(model, torch.zeros(1, 5, 6), 1.0), (5,), substeps=4, huber=0.0)
+        table = warmup.finer(TABLE, 4)
+        later, now = ((table[:, None] == sigma[:, 0]).int().argmax(0) for sigma in asked)
+        assert torch.equal(later, now + 1)
 
     def test_teacher_forcing_gives_each_chunk_a_level_of_its_own(self) -> None:
         seen: list[Tensor] = []

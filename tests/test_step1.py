@@ -13,14 +13,22 @@ from safetensors.torch import load_file
 
 from algorithms.distillation import chain
 from experiments import distill, finetune
+from runtime.cli import SetupError
 from runtime.config import CONF, Plan, validate
 from runtime.session import Session
 
-SMALL = ["rollout.frames=3", "world.sizes=[16x16]", "evaluation.clips=3", "stage.pool=8"]
+SMALL = ["rollout.frames=3", "world.sizes=[16x16,16x24]", "evaluation.clips=3", "stage.pool=8"]
 FINETUNE = [*SMALL, "model.transformer=transformer", "stage.batch=4", "updates=3", "rollout.sigmas=[1.0,0.5,0.0]"]
 NAMES = ("teacher_forcing", "ode", "consistency", "dmd")
-STAGES = [f"stage.{name}.{key}" for name in NAMES for key in ("steps=2", "batch=3")]
-DISTILL = [*SMALL, *STAGES, "stage.teacher=transformer", "stage.dmd.layers=[0]", "stage.dmd.generator_every=1"]
+STAGES = [f"stage.{name}.batch=3" for name in NAMES] + [f"stage.{name}.steps=2" for name in NAMES[:-1]]
+DISTILL = [
+    *SMALL,
+    *STAGES,
+    "stage.teacher=transformer",
+    "stage.dmd.layers=[0]",
+    "stage.dmd.generator_every=1",
+    "updates=2",
+]
 
 
 def plan(primary: str, model: Path, run_dir: Path, *overrides: str) -> Plan:
@@ -49,6 +57,13 @@ def test_the_initial_model_then_the_teacher(model: Path, tmp_path: Path) -> None
     assert (tmp_path / "teacher" / "videos" / "00.mp4").stat().st_size > 0
 
 
+def test_what_does_not_train_the_control_cannot_teach_it(model: Path, tmp_path: Path) -> None:
+    finetune.run(plan("finetune", model, tmp_path / "initial", *FINETUNE, "stage.fresh=true", "stage.control=false"))
+    first = f"model.transformer={tmp_path / 'initial' / 'transformer'}"
+    with pytest.raises(SetupError, match="use adaptation=full"):
+        finetune.run(plan("finetune", model, tmp_path / "teacher", *FINETUNE, first, "adaptation=lora"))
+
+
 @pytest.mark.parametrize("adaptation", ["lora", "attention"])
 def test_finetuning_of_a_part_of_the_weights(model: Path, tmp_path: Path, adaptation: str) -> None:
     made = plan("finetune", model, tmp_path / "run", *FINETUNE, f"adaptation={adaptation}")
@@ -70,7 +85,7 @@ def test_finetuning_of_a_part_of_the_weights(model: Path, tmp_path: Path, adapta
 def test_an_interrupted_distillation_ends_as_one_that_was_not(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
-    options = [*DISTILL, f"rollout.chunk={chunk}"]
+    options = [*DISTILL, f"rollout.chunk={chunk}", f"rollout.frames={3 * chunk}"]
     distill.run(plan("distill", model, tmp_path / "whole", *options))
     real = chain.Distillation._match
 
@@ -83,7 +98,9 @@ def test_an_interrupted_distillation_ends_as_one_that_was_not(
     assert (tmp_path / "parts" / "training" / "consistency.safetensors").is_file()
     monkeypatch.setattr(chain.Distillation, "_match", real)
     with pytest.raises(ValueError, match="resume=true"):
-        distill.run(plan("distill", model, tmp_path / "parts", *options))
+        plan("distill", model, tmp_path / "parts", *options)
+    with pytest.raises(ValueError, match=r"stage.guidance: 3.0 -> 1.0"):
+        plan("distill", model, tmp_path / "parts", *options, "resume=true", "stage.guidance=1.0")
     distill.run(plan("distill", model, tmp_path / "parts", *options, "resume=true"))
     ours, theirs = (weights(tmp_path / name) for name in ("whole", "parts"))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -105,11 +122,13 @@ def test_every_strategy_moves_the_student(model: Path, tmp_path: Path, strategy:
     ("overrides", "words"),
     [
         (["stage.teacher=nosuch"], "nosuch has no config.json"),
+        (["stage.dmd.layers=[0,4]"], "blocks 0 .. 0"),
+        (["strategy=windowed", "strategy.frames=4"], "more than rollout.frames=3"),
         (["stage.eta=1.5"], r"stage.eta must lie in \[0, 1\]"),
         (["stage.dmd.batch=9"], "a batch repeats no clip"),
         (["adaptation=lora"], "stage.from_teacher=false"),
         (["strategy.exit=sometimes"], "per_video, per_frame"),
-        ([f"stage.{name}.steps=0" for name in NAMES], "every stage has 0"),
+        (["stage.match=false", *(f"stage.{name}.steps=0" for name in NAMES[:-1])], "nothing to do"),
     ],
 )
 def test_bad_input_is_refused_before_anything_loads(

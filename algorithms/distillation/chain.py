@@ -21,6 +21,7 @@ from algorithms.distillation.settings import Warmup as Stage
 from algorithms.distillation.warmup import Teacher
 from algorithms.pretraining.flow import LatentPool, matrices
 from algorithms.pretraining.loop import Fit, optimise
+from data.draws import Stream, generator
 from envs.ar_video import start
 from envs.transitions import CPS, ODE
 from policies.causal_dit import CausalWanTransformer3DModel
@@ -43,6 +44,7 @@ class Distillation:
         strategy: how the student makes clips for distribution matching.
         causality: what a frame of the student sees.
         sigmas: the student's noise table.
+        updates: generator steps of distribution matching.
         seed: of clips and noise.
         report: takes a line of progress.
     """
@@ -53,11 +55,12 @@ class Distillation:
         strategy: Strategy,
         causality: Causality,
         sigmas: Sequence[float],
+        updates: int,
         seed: int,
         report: Callable[[str], None] = print,
     ) -> None:
         self.settings, self.strategy, self.causality, self.seed = settings, strategy, causality, seed
-        self.sigmas, self.report = torch.tensor(list(sigmas)), report
+        self.sigmas, self.updates, self.report = torch.tensor(list(sigmas)), updates, report
         self.pools: list[LatentPool] = []
 
     def run(
@@ -82,14 +85,16 @@ class Distillation:
         guide = Teacher(teacher.requires_grad_(False).eval(), negative, self.settings.guidance)
         for name in STAGES:
             stage, done, state = getattr(self.settings, name), folder / f"{name}.safetensors", folder / f"{name}.pt"
-            if not stage.steps:
+            if not (self.settings.match if name == "dmd" else stage.steps):
                 continue
             if not done.is_file():
                 if name == "dmd":
                     found = self._match(student, guide, state)
                 else:
                     found = self._warm_up(name, stage, student, guide, state)
-                save_file({k: v.contiguous() for k, v in found.state_dict().items()}, done)
+                partial = done.with_suffix(".new")
+                save_file({k: v.contiguous() for k, v in found.state_dict().items()}, partial)
+                partial.replace(done)
                 state.unlink(missing_ok=True)
             student.load_state_dict(load_file(done))
         return student
@@ -98,7 +103,8 @@ class Distillation:
         """The student at the start of the clips of a draw."""
         count = getattr(self.settings, stage).batch
         number = STAGES[stage] * STRIDE + draw
-        truth, condition, text = self.pools[draw % len(self.pools)].sample((self.seed, 15, number), count)
+        pool = self.pools[int(generator(Stream.TRAINING, self.seed, 17, number).integers(len(self.pools)))]
+        truth, condition, text = pool.sample((self.seed, 15, number), count)
         key = torch.tensor([[self.seed, number, row, 0] for row in range(count)])
         eta = self.settings.eta
         stochastic = (self.sigmas[1:] > 0) & (eta > 0)
@@ -137,4 +143,4 @@ class Distillation:
         fake = copy.deepcopy(teacher.network).requires_grad_(True)
         players = Players(student, fake, judge.to(student.device), teacher)
         game = DistributionMatching(players, s, self.strategy, lambda draw: self.begin(student, "dmd", draw), self.seed)
-        return game.train(self.report, state)
+        return game.train(self.updates, self.report, state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -104,7 +105,9 @@ class DistributionMatching:
             fake = predict_x0(self.players.fake, x, noise.sigma, condition, text)
         loss, metrics = dmd_loss(made.x0, real, fake, made.mask)
         if s.adversarial > 0:
-            logits = self.players.judge(noise.on(made.x0), noise.sigma, condition, text)
+            # The judge sees whole clips, but only frames that count may be moved.
+            counted = torch.where(made.mask[..., None, None, None], made.x0, made.x0.detach())
+            logits = self.players.judge(noise.on(counted), noise.sigma, condition, text)
             against, more = generator_loss(logits[made.mask])
             loss, metrics = loss + s.adversarial * against, {**metrics, **more}
         return loss, {k: float(v) for k, v in metrics.items()}
@@ -143,15 +146,18 @@ class DistributionMatching:
     def _descend(self, loss: Tensor, weights: Iterable[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights, self.settings.clip)
+        norm = float(torch.nn.utils.clip_grad_norm_(weights, self.settings.clip))
+        if not math.isfinite(norm):
+            raise FloatingPointError("dmd: a gradient is not finite; the weights are those of the step before")
         optimizer.step()
 
     def train(
-        self, report: Callable[[str], None], state: Path | None = None, every: int = 250
+        self, updates: int, report: Callable[[str], None], state: Path | None = None, every: int = 250
     ) -> CausalWanTransformer3DModel:
-        """Run all critic steps, with a generator step before every `generator_every`-th.
+        """Take `updates` generator steps, each with `generator_every` critic steps after it.
 
         Args:
+            updates: see above.
             report: takes a line of progress.
             state: file that is written every `every` steps; where it exists, training goes on from it.
             every: see `state`.
@@ -162,16 +168,17 @@ class DistributionMatching:
         s, everything = self.settings, [*self.weights, *self.critics]
         first = restore(state, everything, self.optimizers, self.ema)
         began, metrics = time.perf_counter(), dict[str, float]()
-        for step in range(first, s.steps):
+        steps = updates * s.generator_every
+        for step in range(first, steps):
             for optimizer, peak in zip(self.optimizers, (s.lr, s.critic_lr), strict=True):
                 for group in optimizer.param_groups:
                     group["lr"] = peak * min(1.0, (step + 1) / s.warmup)
             if step % s.generator_every == 0:
                 metrics |= self.generator_step(2 * step)
             metrics |= self.critic_step(2 * step + 1)
-            if step % 50 == 0 or step == s.steps - 1:
+            if step % 50 == 0 or step == steps - 1:
                 text = " ".join(f"{k} {v:.4f}" for k, v in metrics.items())
-                report(f"dmd {step}/{s.steps} {text} {time.perf_counter() - began:.0f}s")
+                report(f"dmd {step}/{steps} {text} {time.perf_counter() - began:.0f}s")
             if state is not None and (step + 1) % every == 0:
                 keep(state, step + 1, everything, self.optimizers, self.ema)
         with self.ema.swap():

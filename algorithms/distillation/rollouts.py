@@ -68,17 +68,18 @@ class Generated(NamedTuple):
     mask: Tensor
 
 
-def exit_steps(student: Student, scope: str) -> Tensor:
+def exit_steps(student: Student, scope: str, clean: bool = False) -> Tensor:
     """Draw exit steps s in {0 .. N-1}, uniform: `[B, M]`, one for a video or one for every chunk of it.
 
-    Keyed by the state's (seed, iteration, prompt, sample), so that a rollout is a function of its key.
+    With `clean` N is among them, noise level 0. Keyed by the state's (seed, iteration, prompt, sample), so that a
+    rollout is a function of its key.
     """
     state, chunk = student.state, student.causality.chunk
     frames, steps = state["stochastic"].shape[1:]
     chunks = -(-frames // chunk)
     rows = []
     for key in state["key"].tolist():
-        drawn = generator(Stream.TRAINING, *key, 9).integers(steps, size=1 if scope == "per_video" else chunks)
+        drawn = generator(Stream.TRAINING, *key, 9).integers(steps + clean, size=1 if scope == "per_video" else chunks)
         rows.append(torch.from_numpy(drawn).expand(chunks).repeat_interleave(chunk)[:frames])
     return torch.stack(rows).to(state["sigma"].device)
 
@@ -110,28 +111,30 @@ def on_truth(student: Student, exits: Tensor) -> Generated:
     return Generated(x0, student.truth, exits, torch.ones_like(exits, dtype=torch.bool))
 
 
-def on_noised_truth(student: Student, exits: Tensor) -> Generated:
-    """Predict noised true frames given noised true frames, each at the level of its own exit step."""
-    sigma = student.levels(exits)
-    x = noised(student.truth, student.state["latents"], sigma)
-    x0 = student.predict(x, x, sigma, history_sigma=sigma)
-    return Generated(x0, x, exits, torch.ones_like(exits, dtype=torch.bool))
+def on_noised_truth(student: Student, steps: Tensor) -> Generated:
+    """Predict noised true frames given noised true frames, each at the level of its own step in {0 .. N}.
+
+    A frame at step N is clean for those after it, as every frame is at inference; its own prediction is from step N-1.
+    """
+    last = student.state["stochastic"].shape[2]
+    exits = steps.clamp(max=last - 1)
+    noise, levels = student.state["latents"], (student.levels(steps), student.levels(exits))
+    seen, x = (noised(student.truth, noise, sigma) for sigma in levels)
+    x0 = student.predict(seen, x, levels[1], history_sigma=levels[0])
+    return Generated(x0, seen, exits, torch.ones_like(exits, dtype=torch.bool))
 
 
 def window(student: Student, frames: int) -> Tensor:
-    """A random window of `frames` frames that begins with a chunk: `[B, M]` bool, the same for all samples.
+    """A random window of `frames` frames, in whole chunks: `[B, M]` bool, the same for all samples.
 
-    Raises:
-        ValueError: the clips are shorter.
+    The last chunk of a clip may be cut short; every chunk is in some window.
     """
     shape, chunk = student.state["stochastic"].shape[:2], student.causality.chunk
-    places = (shape[1] - frames) // chunk + 1
-    if places < 1:
-        raise ValueError(f"strategy.frames={frames}, but clips have {shape[1]} latent frames; make it smaller")
+    chunks, wide = -(-shape[1] // chunk), -(-frames // chunk)
     rng = generator(Stream.TRAINING, *student.state["key"][0].tolist(), 10)
-    first = int(rng.integers(places)) * chunk
+    first = int(rng.integers(max(1, chunks - wide + 1))) * chunk
     mask = torch.zeros(shape, dtype=torch.bool, device=student.truth.device)
-    mask[:, first : first + frames] = True
+    mask[:, first : first + wide * chunk] = True
     return mask
 
 

@@ -5,10 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-NEGATIVE = (
-    "overexposed, static, blurred details, subtitles, worst quality, low quality, jpeg artifacts, ugly, deformed, "
-    "disfigured, misshapen limbs, still picture, cluttered background"
-)
+NEGATIVE = "overexposed, static, blurred, subtitles, worst quality, low quality, deformed limbs, cluttered background"
 
 
 @dataclass(frozen=True)
@@ -132,10 +129,9 @@ class ConsistencyStage(Warmup):
 
 @dataclass(frozen=True)
 class DMD:
-    """Distribution matching with an adversary.
+    """Distribution matching with an adversary; `updates` is the number of generator steps.
 
     Attributes:
-        steps: critic steps; 0 leaves the stage out.
         generator_every: critic steps for one step of the generator.
         batch: clips per step.
         lr: learning rate of the generator.
@@ -148,12 +144,11 @@ class DMD:
         adversarial: weight of the adversarial loss beside DMD's 1; 0 leaves the discriminator out.
         discriminator: weight of the discriminator's loss beside the fake score's 1.
         layers: blocks of the teacher whose outputs the discriminator reads.
-        r1: weight of the slope penalty on true clips.
-        r2: weight of the slope penalty on generated clips.
+        r1: weight of the slope penalty on true clips, beside the discriminator's loss; both under `discriminator`.
+        r2: the same on generated clips.
         penalty_std: size of the disturbance by which the slope is estimated.
     """
 
-    steps: int = 1500
     generator_every: int = 5
     batch: int = 12
     lr: float = 1e-5
@@ -171,8 +166,6 @@ class DMD:
     penalty_std: float = 0.05
 
     def __post_init__(self) -> None:
-        if self.steps < 0:
-            raise ValueError(f"dmd.steps must not be negative, got {self.steps}")
         for name in ("generator_every", "batch", "warmup"):
             if getattr(self, name) < 1:
                 raise ValueError(f"dmd.{name} must be at least 1, got {getattr(self, name)}")
@@ -204,10 +197,11 @@ class Distill:
         teacher_forcing: flow matching given true frames.
         ode: regression to the teacher's ODE.
         consistency: causal consistency distillation.
+        match: distribution matching after the warm-up; off: the warm-up alone.
         dmd: distribution matching with an adversary.
     """
 
-    teacher: str = "teacher"
+    teacher: str
     from_teacher: bool = True
     negative_prompt: str = NEGATIVE
     guidance: float = 3.0
@@ -217,6 +211,7 @@ class Distill:
     teacher_forcing: TeacherForcingStage = field(default_factory=TeacherForcingStage)
     ode: ODEStage = field(default_factory=ODEStage)
     consistency: ConsistencyStage = field(default_factory=ConsistencyStage)
+    match: bool = True
     dmd: DMD = field(default_factory=DMD)
 
     def __post_init__(self) -> None:
@@ -228,8 +223,8 @@ class Distill:
             raise ValueError(f"stage.eta must lie in [0, 1], got {self.eta}")
         if not 0 <= self.track_noise < math.inf:
             raise ValueError(f"stage.track_noise must not be negative, got {self.track_noise}")
-        if not any(getattr(self, name).steps for name in ("teacher_forcing", "ode", "consistency", "dmd")):
-            raise ValueError("stage: every stage has 0 steps; give one of them some, such as stage.dmd.steps=1500")
+        if not self.match and not any(s.steps for s in (self.teacher_forcing, self.ode, self.consistency)):
+            raise ValueError("stage: nothing to do; set stage.match=true, or give a stage steps")
 
 
 def _check_pool(name: str, batch: int, pool: int) -> None:

@@ -86,13 +86,14 @@ class TeacherForcing:
 
 @dataclass(frozen=True)
 class DiffusionForcing:
-    """Every frame is a noised true one at a level of its own, and later frames see it as it is (arXiv 2407.01392)."""
+    """Every frame is a noised true one at a level of its own, 0 among them, and later frames see it as it is
+    (arXiv 2407.01392)."""
 
     def __call__(self, student: Student) -> Generated:
         """See `Strategy`."""
         from algorithms.distillation.rollouts import exit_steps, on_noised_truth
 
-        return on_noised_truth(student, exit_steps(student, "per_frame"))
+        return on_noised_truth(student, exit_steps(student, "per_frame", clean=True))
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class Windowed:
     """Self-Rollout with the loss on a random window of it: the late frames of clips longer than the window are trained.
 
     Attributes:
-        frames: latent frames of the window.
+        frames: latent frames of the window, rounded up to whole chunks.
         exit: per_video (one exit step for all frames) or per_frame (one for each chunk).
     """
 

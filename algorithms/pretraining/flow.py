@@ -21,7 +21,7 @@ from algorithms.pretraining.loop import Fit, optimise
 from data.draws import Stream, generator, seed_of
 from data.pool import ClipPool
 from envs.ar_video import start
-from envs.control import assemble_condition, heatmap
+from envs.control import MODES, assemble_condition, heatmap
 from envs.transitions import ODE
 from policies.causal_dit import CausalWanTransformer3DModel
 from policies.causality import Causality
@@ -128,21 +128,22 @@ def encode_pool(
     count: int,
     first: int = 0,
     track_noise: float = 0.0,
+    control: str = MODES[0],
 ) -> LatentPool:
     """Render and encode training clips `first .. first + count - 1` of one bucket.
 
-    `track_noise` is that of `FewStepStage`; clips and captions stay exact.
+    `track_noise` is that of `FewStepStage`; clips and captions stay exact. `control` says how paths are drawn.
     """
-    latents, control, embeds = [], [], []
+    latents, drags, embeds = [], [], []
     size = world.size("train")
     for low in range(first, first + count, 64):
         indices = [i if size is None else i % size for i in range(low, min(low + 64, first + count))]
         clips = ClipPool(world, bucket, indices).batch(range(len(indices)))
         latents.append(video.encode(clips.video))
         tracks = jittered(clips.trajectory, track_noise, generator(Stream.TRAINING, *bucket, low, 6))
-        control.append(video.encode(heatmap(tracks, video.stride)))
+        drags.append(video.encode(heatmap(tracks, video.stride, control)))
         embeds.append(text.encode(clips.prompts))
-    return LatentPool(torch.cat(latents), torch.cat(control), torch.cat(embeds))
+    return LatentPool(torch.cat(latents), torch.cat(drags), torch.cat(embeds))
 
 
 def build_transformer(stage: FlowStage, channels: int, text_dim: int) -> CausalWanTransformer3DModel:

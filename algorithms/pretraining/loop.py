@@ -89,7 +89,9 @@ def optimise(
             group["lr"] = learning_rate(fit, step)
         loss, extra = loss_of(step)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights, fit.clip)
+        norm = float(torch.nn.utils.clip_grad_norm_(weights, fit.clip))
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"{name}: the gradient of step {step} is not finite; the weights are as before it")
         for optimizer in steppers:
             optimizer.step()
             optimizer.zero_grad()
@@ -122,7 +124,7 @@ def restore(state: Path | None, weights: list[nn.Parameter], steppers: list[Opti
 
     if state is None or not state.is_file():
         return 0
-    content = torch.load(state, weights_only=True)
+    content = torch.load(state, weights_only=True, map_location="cpu")
     with torch.no_grad():
         for weight, kept in zip(weights, content["weights"], strict=True):
             weight.copy_(kept)
