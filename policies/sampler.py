@@ -63,10 +63,12 @@ class Chain(NamedTuple):
     Attributes:
         latents: `[B, M, N+1, C, h, w]`: the noise, the latent after each step, and last the finished frame.
         log_prob: `[B, M, N]`, 0 where the step was deterministic.
+        x0: what each step predicted, `[B, M, N, C, h, w]`; of no meaning after a collapse.
     """
 
     latents: Tensor
     log_prob: Tensor
+    x0: Tensor
 
 
 @torch.no_grad()
@@ -93,7 +95,7 @@ def generate(
     frames, steps = state["stochastic"].shape[1:]
     last = steps if collapse is None else int(collapse.max()) + 1
     chain = state["latents"].unsqueeze(2).repeat(1, 1, steps + 1, 1, 1, 1)
-    log_prob = sigma.new_zeros(len(sigma), frames, steps)
+    log_prob, predicted = sigma.new_zeros(len(sigma), frames, steps), torch.zeros_like(chain[:, :, :steps])
     cache = KVCache(causality)
     for first in range(0, frames, causality.chunk):
         chunk = range(first, min(first + causality.chunk, frames))
@@ -105,12 +107,13 @@ def generate(
                 action, log_prob[:, m, n] = act(
                     transition, x, v[:, i], now, later, chosen, [(*key, m, n) for key in keys]
                 )
+                predicted[:, m, n] = x0 = x - now[:, None, None, None] * v[:, i]
                 if collapse is not None:
-                    x0, exits = x - now[:, None, None, None] * v[:, i], collapse[:, m, None, None, None]
+                    exits = collapse[:, m, None, None, None]
                     action = torch.where(exits == n, x0, torch.where(exits < n, x, action))
                 chain[:, m, n + 1 :] = action.unsqueeze(1)
             on_step(chunk.start, frames)
-    return Chain(chain, log_prob)
+    return Chain(chain, log_prob, predicted)
 
 
 def sample_rollout(

@@ -121,6 +121,14 @@ class TestSelfRollout:
         # Collapse writes the prediction itself into the history.
         torch.testing.assert_close(theirs.frames, theirs.x0, atol=1e-5, rtol=0)
 
+    @pytest.mark.parametrize("collapse", [False, True])
+    def test_without_gradient_the_prediction_is_that_of_the_rollout(self, collapse: bool) -> None:
+        who = student(network(), rule=Causality(chunk=3, window=3))
+        exits = exit_steps(who, "per_frame")
+        made = at_exits(who, exits, collapse)
+        with torch.no_grad():
+            torch.testing.assert_close(at_exits(who, exits, collapse).x0, made.x0.detach(), atol=1e-5, rtol=0)
+
     def test_no_gradient_crosses_frames(self) -> None:
         """d(frame i) / d(noise of frame j < i) is exactly 0; that of its own noise is not (exit step 0)."""
         who = student(network())

@@ -94,9 +94,10 @@ def at_exits(student: Student, exits: Tensor, collapse: bool) -> Generated:
             level 0 (Self-Rollout).
     """
     ends = exits if collapse else None
-    chain = generate(student.network, student.kernel, student.causality, student.state, collapse=ends).latents
-    frames, x = chain[:, :, -1], chain.take_along_dim(exits[..., None, None, None, None], 2).squeeze(2)
-    x0 = student.predict(frames, x, student.levels(exits))
+    chain, at = generate(student.network, student.kernel, student.causality, student.state, collapse=ends), exits
+    frames, x, x0 = chain.latents[:, :, -1], _pick(chain.latents, at), _pick(chain.x0, at)
+    if torch.is_grad_enabled():  # otherwise the rollout has predicted it already
+        x0 = student.predict(frames, x, student.levels(exits))
     return Generated(x0, frames, exits, torch.ones_like(exits, dtype=torch.bool))
 
 
@@ -136,6 +137,11 @@ def window(student: Student, frames: int) -> Tensor:
     mask = torch.zeros(shape, dtype=torch.bool, device=student.truth.device)
     mask[:, first : first + wide * chunk] = True
     return mask
+
+
+def _pick(chain: Tensor, steps: Tensor) -> Tensor:
+    """Gather `[B, M, ...]` at `steps [B, M]` from `[B, M, N, ...]`."""
+    return chain.take_along_dim(steps[..., None, None, None, None], 2).squeeze(2)
 
 
 def _step(student: Student, x: Tensor, n: int) -> Tensor:
