@@ -1,9 +1,10 @@
 """Step 1 side by side: `python experiments/ablation_step1.py` (`make ablation-step1`).
 
-For every seed one student per way of making clips, from the same teacher with the same number of updates: Self-Rollout,
-Self-Forcing with chunks of 1 and of 3 frames (the paper's baseline), teacher forcing. Beside them the initial model and
+For every seed one student per way of making clips, from the same teacher with the same number of updates: Self-Rollout
+and Self-Forcing with chunks of 1 and of 3 frames (3 is the paper's baseline), teacher forcing. Beside them the initial model and
 the teacher, which take many steps and see the whole clip. All on the same held-out clips and noise, with the last
-weights: sampled by the ODE and by re-noising, at the training length and at two and four times that.
+weights: sampled by the ODE and by re-noising, at the training length and at two and four times that, there with caches
+of 7, 15 and 25 frames.
 The result is `docs/results/step1.jsonl`, `step1.md` (the table) and `step1.png` (error along the clip). Interrupt it at
 will: it goes on where it stopped.
 """
@@ -22,6 +23,7 @@ RESULTS = ROOT / "docs" / "results"
 FRAMES = 9
 STUDENTS = {
     "self_rollout": ("strategy=self_rollout",),
+    "self_rollout_chunk3": ("strategy=self_rollout", "rollout.chunk=3"),
     "self_forcing": ("strategy=self_forcing",),
     "self_forcing_chunk3": ("strategy=self_forcing", "rollout.chunk=3"),
     "teacher_forcing": ("strategy=teacher_forcing",),
@@ -34,7 +36,13 @@ METRICS = {
     "frechet": "Frechet",
     "frechet_video": "Frechet, video",
 }
-PROBES = {"renoise": "re-noised", "long2": "2 x length", "long4": "4 x length"}
+PROBES = {
+    "renoise": "re-noised",
+    "long2": "2 x length",
+    "long4": "4 x length",
+    "cache15": "4 x length, cache 15",
+    "cache25": "4 x length, cache 25",
+}
 
 
 def cells(seeds: int, clips: int, initial: str, teacher: str, options: list[str]) -> list[Cell]:
@@ -59,6 +67,8 @@ def cells(seeds: int, clips: int, initial: str, teacher: str, options: list[str]
                 Probe("renoise", (*student, "evaluation.sampler=renoise")),
                 Probe("long2", (*student, f"rollout.frames={2 * FRAMES}")),
                 Probe("long4", (*student, f"rollout.frames={4 * FRAMES}")),
+                Probe("cache15", (*student, f"rollout.frames={4 * FRAMES}", "rollout.window=15")),
+                Probe("cache25", (*student, f"rollout.frames={4 * FRAMES}", "rollout.window=25")),
             )
             overrides = (*shared, *strategy, f"stage.teacher={teacher}", *options, f"seed={seed}", "resume=true")
             found.append(Cell(arm, seed, "distill.py", overrides, probes))

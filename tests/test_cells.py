@@ -101,7 +101,10 @@ def test_the_tables_say_what_was_found(tmp_path: Path) -> None:
     assert "| grpo | 3 | 3.000 ± 1.000 |" in found and "-50.0 %, -25.0 %, +0.0 %; mean in [-87.1, +37.1] %" in found
     rows = [row("teacher", 0, 1.0), *(row("self_rollout", s, e, probes=True) for s, e in enumerate((2.0, 4.0)))]
     found = ablation_step1.table(rows)
-    assert found.count("3.000 ± 1.414") == 4 and len({line.count("|") for line in found.splitlines()[:-2]}) == 1
+    assert (
+        found.count("3.000 ± 1.414") == 1 + len(ablation_step1.PROBES)
+        and len({line.count("|") for line in found.splitlines()[:-2]}) == 1
+    )
     ablation_step1.draw(rows, tmp_path / "curve.png")
     assert (tmp_path / "curve.png").stat().st_size > 5000
 
