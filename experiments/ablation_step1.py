@@ -1,10 +1,10 @@
 """Step 1 side by side: `python experiments/ablation_step1.py` (`make ablation-step1`).
 
 For every seed one student per way of making clips, from the same teacher with the same number of updates: Self-Rollout
-and Self-Forcing with chunks of 1 and of 3 frames (3 is the paper's baseline), teacher forcing. Beside them the initial model and
-the teacher, which take many steps and see the whole clip. All on the same held-out clips and noise, with the last
-weights: sampled by the ODE and by re-noising, at the training length and at two and four times that, there with caches
-of 7, 15 and 25 frames.
+and Self-Forcing with chunks of 1 and of 3 frames (3 is the paper's baseline), teacher forcing. Beside them the initial
+model and the teacher, which take many steps and see the whole clip. All on the same held-out clips and noise, with the
+last weights: sampled by the ODE and by re-noising, at the training length and at two and four times that, there with
+caches of 7, 15 and 25 frames.
 The result is `docs/results/step1.jsonl`, `step1.md` (the table) and `step1.png` (error along the clip). Interrupt it at
 will: it goes on where it stopped.
 """
