@@ -12,14 +12,24 @@ will: it goes on where it stopped.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from pathlib import Path
 
-from runtime.cells import Cell, Probe, Row, run_all, spread, weights_of
+from runtime.cells import (
+    MANY_STEPS,
+    RESULTS,
+    ROOT,
+    Cell,
+    Probe,
+    Row,
+    arms_of,
+    mean_seconds,
+    publish,
+    run_all,
+    spread,
+    weights_of,
+)
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "docs" / "results"
 FRAMES = 9
 STUDENTS = {
     "self_rollout": ("strategy=self_rollout",),
@@ -28,7 +38,6 @@ STUDENTS = {
     "self_forcing_chunk3": ("strategy=self_forcing", "rollout.chunk=3"),
     "teacher_forcing": ("strategy=teacher_forcing",),
 }
-MANY_STEPS = "rollout.sigmas=[" + ",".join(f"{1 - i / 16:g}" for i in range(17)) + "]"
 METRICS = {
     "motion_error_px": "motion error, px",
     "motion_consistency": "motion consistency",
@@ -75,11 +84,6 @@ def cells(seeds: int, clips: int, initial: str, teacher: str, options: list[str]
     return found
 
 
-def arms_of(rows: list[Row]) -> dict[str, list[Row]]:
-    """Rows by arm, in the order of the rows."""
-    return {row["arm"]: [other for other in rows if other["arm"] == row["arm"]] for row in rows}
-
-
 def table(rows: list[Row]) -> str:
     """Markdown: a line per arm, mean ± standard deviation over seeds; further samplers and lengths by motion error."""
     heads = [*METRICS.values(), *(f"{name}: px" for name in PROBES.values())]
@@ -90,9 +94,7 @@ def table(rows: list[Row]) -> str:
             spread([m["probes"][name]["after"]["motion_error_px"] for m in members]) if members[0]["probes"] else ""
             for name in PROBES
         ]
-        trained = [float(m["seconds"]) for m in members if m["seconds"] is not None]
-        seconds = f"{statistics.mean(trained):.0f}" if trained else ""
-        lines.append(f"| {arm} | {len(members)} | {' | '.join(values)} | {seconds} |")
+        lines.append(f"| {arm} | {len(members)} | {' | '.join(values)} | {mean_seconds(members)} |")
     truth = next(r for r in rows if r["truth"])["truth"]
     extractor = next((r["extractor"] for r in rows if r.get("extractor")), "?")
     rest = " |" * (len(PROBES) + 1)
@@ -137,17 +139,11 @@ def main() -> None:
     parser.add_argument("options", nargs="*", help="overrides of distill.py, such as updates=100")
     options = parser.parse_args()
     todo = cells(options.seeds, options.clips, options.initial, options.teacher, options.options)
-    rows = []
     folders = (ROOT / "assets" / "tiny", Path(options.initial), Path(options.teacher))
     weights = " ".join(weights_of(folder) for folder in folders)
-    for cell, row in run_all(todo, options.out, weights, options.jobs):
-        print(f"{cell.name}: motion error {row['after']['motion_error_px']:.3f} px", flush=True)
-        rows.append(row)
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "step1.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (RESULTS / "step1.md").write_text(table(rows))
+    rows = run_all(todo, options.out, weights, options.jobs)
+    publish("step1", rows, table(rows))
     draw(rows, RESULTS / "step1.png")
-    print(table(rows))
 
 
 if __name__ == "__main__":

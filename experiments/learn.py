@@ -12,18 +12,25 @@ cell) and `docs/results/learn.md` (the table).
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 from pathlib import Path
 
-from runtime.cells import Cell, Row, interval, run_all, spread, weights_of
+from runtime.cells import (
+    MANY_STEPS,
+    ROOT,
+    Cell,
+    Row,
+    arms_of,
+    interval,
+    mean_seconds,
+    publish,
+    run_all,
+    spread,
+    weights_of,
+)
 
-HERE = Path(__file__).resolve().parent
-RESULTS = HERE.parent / "docs" / "results"
 # Steps of supervised training that take about as long as the default number of GRPO updates; the table gives seconds.
 SUPERVISED_STEPS = 750
 ARMS = ("student", "exact", "teacher", "grpo", "shuffled", "supervised")
-TEACHER_SIGMAS = [1 - i / 16 for i in range(17)]
 METRICS = {
     "motion_error_px": "motion error, px",
     "aesthetic": "aesthetic",
@@ -40,10 +47,7 @@ def cells(seeds: int, updates: int, clips: int) -> list[Cell]:
         Cell("student", 0, "evaluate.py", shared),
         Cell("exact", 0, "evaluate.py", (*shared, "model.transformer=few_step")),
     ]
-    sigmas = ",".join(f"{s:g}" for s in TEACHER_SIGMAS)
-    found.append(
-        Cell("teacher", 0, "evaluate.py", (*shared, "model.transformer=teacher", f"rollout.sigmas=[{sigmas}]"))
-    )
+    found.append(Cell("teacher", 0, "evaluate.py", (*shared, "model.transformer=teacher", MANY_STEPS)))
     for seed in range(seeds):
         found += [
             Cell("grpo", seed, "grpo.py", (*rl, f"seed={seed}")),
@@ -75,13 +79,10 @@ def table(rows: list[Row]) -> str:
         "| | seeds | " + " | ".join(METRICS.values()) + " | motion error against the student | seconds of training |",
         "|---" * (len(METRICS) + 4) + "|",
     ]
-    arms = {r["arm"]: [s for s in rows if s["arm"] == r["arm"]] for r in rows}
-    for arm, members in arms.items():
+    for arm, members in arms_of(rows).items():
         values = [spread([m["after"][key] for m in members]) for key in METRICS]
         each = change(members, student) if arm != "student" else ""
-        trained = [float(m["seconds"]) for m in members if m["seconds"] is not None]
-        seconds = f"{statistics.mean(trained):.0f}" if trained else ""
-        lines.append(f"| {arm} | {len(members)} | {' | '.join(values)} | {each} | {seconds} |")
+        lines.append(f"| {arm} | {len(members)} | {' | '.join(values)} | {each} | {mean_seconds(members)} |")
     truth = next(r for r in rows if r["truth"])["truth"]
     lines.append("| true clips | | " + " | ".join(f"{truth[key]:.3f}" for key in METRICS) + " | | |")
     return "\n".join(lines) + "\n"
@@ -96,15 +97,9 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one CPU thread each")
     parser.add_argument("--out", type=Path, default=Path("outputs/learn"))
     options = parser.parse_args()
-    todo, weights = cells(options.seeds, options.updates, options.clips), weights_of(HERE.parent / "assets" / "tiny")
-    rows = []
-    for cell, row in run_all(todo, options.out, weights, options.jobs):
-        print(f"{cell.name}: motion error {row['after']['motion_error_px']:.3f} px", flush=True)
-        rows.append(row)
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "learn.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (RESULTS / "learn.md").write_text(table(rows))
-    print(table(rows))
+    todo, weights = cells(options.seeds, options.updates, options.clips), weights_of(ROOT / "assets" / "tiny")
+    rows = run_all(todo, options.out, weights, options.jobs)
+    publish("learn", rows, table(rows))
 
 
 if __name__ == "__main__":

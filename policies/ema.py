@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class EMA:
@@ -65,3 +69,9 @@ class EMA:
     def _write(self, values: dict[str, Tensor]) -> None:
         for name, parameter in self._parameters.items():
             parameter.copy_(values[name])
+
+
+def averaged(module: Module, ema: EMA) -> Module:
+    """A copy of the module that `ema` follows, with the averaged weights."""
+    with ema.swap():
+        return copy.deepcopy(module)

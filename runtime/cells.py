@@ -13,16 +13,19 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runtime.checkpoint import sha256
+from runtime.checkpoint import replace_text, sha256
 from runtime.verdict import t95
 
-EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
+ROOT = Path(__file__).resolve().parents[1]
+EXPERIMENTS, RESULTS = ROOT / "experiments", ROOT / "docs" / "results"
+# Override of a many-step model: 16 even steps.
+MANY_STEPS = "rollout.sigmas=[" + ",".join(f"{1 - i / 16:g}" for i in range(17)) + "]"
 Row = dict[str, Any]
 
 
@@ -69,10 +72,27 @@ class Cell:
         return "; ".join(" ".join(["python", f"experiments/{script}", *overrides]) for script, overrides in runs)
 
 
-def run_all(cells: Sequence[Cell], out: Path, weights: str, jobs: int) -> Iterator[tuple[Cell, Row]]:
-    """Run what is missing, `jobs` cells at a time on one CPU thread each; yields results in the order of `cells`."""
+def run_all(cells: Sequence[Cell], out: Path, weights: str, jobs: int) -> list[Row]:
+    """Run what is missing, `jobs` cells at a time on one CPU thread each; results in the order of `cells`."""
+    rows = []
     with ThreadPoolExecutor(jobs) as pool:
-        yield from zip(cells, pool.map(lambda cell: run(cell, out, 1, weights), cells), strict=True)
+        for cell, row in zip(cells, pool.map(lambda cell: run(cell, out, 1, weights), cells), strict=True):
+            print(f"{cell.name}: motion error {row['after']['motion_error_px']:.3f} px", flush=True)
+            rows.append(row)
+    return rows
+
+
+def publish(name: str, rows: Sequence[Row], table: str) -> None:
+    """Write `docs/results/<name>.jsonl` (a line per cell) and `<name>.md` (the table), and print the table."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (RESULTS / f"{name}.md").write_text(table)
+    print(table)
+
+
+def arms_of(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows by arm, in the order of the rows."""
+    return {row["arm"]: [other for other in rows if other["arm"] == row["arm"]] for row in rows}
 
 
 def weights_of(assets: Path) -> str:
@@ -100,7 +120,7 @@ def run(cell: Cell, out: Path, threads: int, weights: str) -> dict[str, Any]:
     if begun.is_file() and json.loads(begun.read_text()) != identity:
         raise RuntimeError(f"{folder} holds the start of another command or of other weights; remove it, or --out")
     folder.mkdir(parents=True, exist_ok=True)
-    begun.write_text(json.dumps(identity))
+    replace_text(begun, json.dumps(identity))
     _start(cell.script, cell.overrides, folder, threads)
     probes = {}
     for probe in cell.probes:
@@ -124,7 +144,7 @@ def run(cell: Cell, out: Path, threads: int, weights: str) -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d"),
         **identity,
     }
-    result.write_text(json.dumps(row))
+    replace_text(result, json.dumps(row))
     return row
 
 
@@ -159,3 +179,9 @@ def interval(values: list[float]) -> tuple[float, float]:
     half = t95(len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
     mean = statistics.mean(values)
     return mean - half, mean + half
+
+
+def mean_seconds(rows: Sequence[Row]) -> str:
+    """Mean seconds of training of an arm, as text; empty where nothing was trained."""
+    trained = [float(row["seconds"]) for row in rows if row["seconds"] is not None]
+    return f"{statistics.mean(trained):.0f}" if trained else ""

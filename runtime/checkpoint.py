@@ -78,7 +78,7 @@ def save(run_dir: Path, snapshot: Snapshot, keep: int) -> Path:
     files = sorted(p for p in folder.iterdir())
     for path in files:
         _sync(path)
-    _replace(folder / MANIFEST, json.dumps({p.name: sha256(p) for p in files}, indent=1))
+    replace_text(folder / MANIFEST, json.dumps({p.name: sha256(p) for p in files}, indent=1))
     _sync(folder)
     _sync(folder.parent)
     for old in complete_steps(run_dir)[:-keep]:
@@ -230,7 +230,8 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all: a temporary file, fsync, `os.replace`."""
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text)
     _sync(temporary)

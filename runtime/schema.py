@@ -107,9 +107,15 @@ def component(value: object, path: str) -> Any:
 
 
 def attributes(cls: type) -> dict[str, str]:
-    """Return the `Attributes:` section of a class docstring as name -> one line of text."""
-    section = inspect.getdoc(cls) or ""
-    section = section.partition("Attributes:\n")[2]
+    """Return the `Attributes:` sections of a class and its bases as name -> one line of text; its own come last."""
+    found: dict[str, str] = {}
+    for owner in reversed(cls.__mro__):
+        found |= _own_attributes(inspect.cleandoc(owner.__doc__ or ""))
+    return found
+
+
+def _own_attributes(doc: str) -> dict[str, str]:
+    section = doc.partition("Attributes:\n")[2]
     found: dict[str, str] = {}
     name = ""
     for line in section.splitlines():

@@ -6,8 +6,9 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from runtime.checkpoint import replace_text
 from runtime.identity import BEGUN, identity
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def conclude(session: Session, train: Callable[[Path], CausalWanTransformer3DMod
         "seconds": round(seconds),
         "config": session.config,
     }
-    _write(folder / RESULT, result)
+    replace_text(folder / RESULT, json.dumps(result, indent=1))
     print(
         f"held-out motion error {before['motion_error_px']:.3f} -> {after['motion_error_px']:.3f} px in {seconds:.0f} s"
     )
@@ -65,12 +66,5 @@ def _begin(session: Session) -> dict[str, float]:
         return dict(json.loads(note.read_text())["before"])
     note.parent.mkdir(parents=True, exist_ok=True)
     before, _ = session.evaluate()
-    _write(note, {"identity": identity(session.config), "before": before})
+    replace_text(note, json.dumps({"identity": identity(session.config), "before": before}))
     return before
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON, whole or not at all."""
-    partial = path.with_suffix(".new")
-    partial.write_text(json.dumps(content, indent=1))
-    partial.replace(path)

@@ -89,7 +89,7 @@ def test_tied_weights_are_written(tmp_path: Path) -> None:
 def test_a_save_that_dies_anywhere_leaves_the_old_checkpoint_or_the_new_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    points = ["_sync", "_replace", "sha256", "_remove"]
+    points = ["_sync", "replace_text", "sha256", "_remove"]
     seen = set()
     for point in points:
         for nth in range(6):

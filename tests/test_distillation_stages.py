@@ -189,7 +189,7 @@ class TestDistributionMatching:
         x = noise.on(made.x0)
         with torch.no_grad():
             v = velocity(game.players.fake, x, noise.sigma, who.state["condition"], who.state["text"])
-        found = game._critic_loss(who, made, noise, noise.eps)[1]["flow_matching"]
+        found = game._critic_loss(who, made, noise, 0)[1]["flow_matching"]
         assert found == pytest.approx(float((v - (noise.eps - made.x0)).square().mean()), rel=1e-4)
 
     def test_what_the_window_leaves_out_is_not_moved(self) -> None:
@@ -225,11 +225,10 @@ class TestDistributionMatching:
         noise = Noise.draw(made.x0, (0,), 5.0)
         whole, parts = game._generator_loss(who, made, noise)
         assert float(whole.detach()) == pytest.approx(parts["dmd"] + 0.1 * parts["adversarial"], rel=1e-5)
-        other = Noise.draw(made.x0, (1,), 5.0).eps
-        whole, parts = game._critic_loss(who, made._replace(x0=made.x0.detach()), noise, other)
+        whole, parts = game._critic_loss(who, made._replace(x0=made.x0.detach()), noise, 1)
         assert float(whole.detach()) == pytest.approx(parts["flow_matching"] + 0.05 * parts["discriminator"], rel=1e-5)
         game.settings = replace(game.settings, r1=2.0)
-        dearer, more = game._critic_loss(who, made._replace(x0=made.x0.detach()), noise, other)
+        dearer, more = game._critic_loss(who, made._replace(x0=made.x0.detach()), noise, 1)
         assert float(dearer.detach()) == pytest.approx(
             float(whole.detach()) + 0.05 * 2.0 * more["gradient_penalty"], rel=1e-4
         )

@@ -15,6 +15,7 @@ from policies.actor import Actor, evaluate
 from policies.causal_dit import CausalWanTransformer3DModel
 from policies.causality import Causality
 from policies.sampler import generate, sample_rollout
+from tests.test_actor import network as make
 
 BATCH, FRAMES, LATENT = 3, 7, (3, 4, 6)
 TABLE = torch.tensor([1.0, 0.755, 0.522, 0.0])
@@ -22,20 +23,7 @@ TABLE = torch.tensor([1.0, 0.755, 0.522, 0.0])
 
 @pytest.fixture(scope="module")
 def network() -> CausalWanTransformer3DModel:
-    torch.manual_seed(0)
-    model = CausalWanTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=16,
-        in_channels=7,
-        out_channels=3,
-        text_dim=12,
-        freq_dim=16,
-        ffn_dim=48,
-        num_layers=2,
-    )
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.15)
-    return model.eval()
+    return make()
 
 
 def episode(stochastic: list[bool]) -> TensorDict:

@@ -26,7 +26,7 @@ from envs.ar_video import start
 from envs.transitions import CPS, ODE
 from policies.causal_dit import CausalWanTransformer3DModel
 from policies.causality import Causality
-from policies.ema import EMA
+from policies.ema import EMA, averaged
 
 if TYPE_CHECKING:
     from algorithms.distillation.strategies import Strategy
@@ -122,8 +122,7 @@ class Distillation:
 
         trained = [p for p in student.parameters() if p.requires_grad]
         optimise(trained, Fit(stage.steps, stage.lr), loss_of, name, self.report, ema, matrices(student), state)
-        with ema.swap():
-            return copy.deepcopy(student)
+        return averaged(student, ema)
 
     def _loss(self, name: str, student: Student, teacher: Teacher, ema: EMA, step: int) -> Loss:
         key = (self.seed, 16, STAGES[name] * STRIDE + step)

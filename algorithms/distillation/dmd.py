@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from algorithms.distillation.finetune import velocity
 from algorithms.distillation.losses import (
     discriminator_loss,
     dmd_loss,
@@ -25,7 +25,7 @@ from algorithms.distillation.settings import DMD
 from algorithms.distillation.warmup import Teacher
 from algorithms.pretraining.loop import keep, restore
 from policies.causal_dit import CausalWanTransformer3DModel
-from policies.ema import EMA
+from policies.ema import EMA, averaged
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -92,8 +92,7 @@ class DistributionMatching:
         with torch.no_grad():
             made = self.strategy(student)
         noise = Noise.draw(made.x0, (self.seed, 12, draw), self.settings.shift)
-        disturbance = Noise.draw(made.x0, (self.seed, 13, draw), self.settings.shift).eps
-        loss, metrics = self._critic_loss(student, made, noise, disturbance)
+        loss, metrics = self._critic_loss(student, made, noise, draw)
         self._descend(loss, self.critics, self.optimizers[1])
         return metrics
 
@@ -112,21 +111,17 @@ class DistributionMatching:
             loss, metrics = loss + s.adversarial * against, {**metrics, **more}
         return loss, {k: float(v) for k, v in metrics.items()}
 
-    def _critic_loss(
-        self, student: Student, made: Generated, noise: Noise, disturbance: Tensor
-    ) -> tuple[Tensor, Metrics]:
+    def _critic_loss(self, student: Student, made: Generated, noise: Noise, draw: int) -> tuple[Tensor, Metrics]:
         s, (condition, text) = self.settings, (student.state["condition"], student.state["text"])
-        x = noise.on(made.x0)
-        level = noise.sigma[..., None, None, None]
-        v = (x - predict_x0(self.players.fake, x, noise.sigma, condition, text)) / level
+        v = velocity(self.players.fake, noise.on(made.x0), noise.sigma, condition, text)
         loss, metrics = flow_matching_loss(v, made.x0, noise.eps, made.mask)
         if s.adversarial > 0:
-            against, more = self._discrimination(student, made, noise, disturbance)
+            against, more = self._discrimination(student, made, noise, draw)
             loss, metrics = loss + s.discriminator * against, {**metrics, **more}
         return loss, {k: float(v) for k, v in metrics.items()}
 
     def _discrimination(
-        self, student: Student, made: Generated, noise: Noise, disturbance: Tensor
+        self, student: Student, made: Generated, noise: Noise, draw: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The discriminator's loss; true and generated clips are under the same noise."""
         s, (condition, text) = self.settings, (student.state["condition"], student.state["text"])
@@ -139,7 +134,8 @@ class DistributionMatching:
         loss, metrics = discriminator_loss(on_true, on_false)
         for weight, x, before in ((s.r1, true, on_true), (s.r2, false, on_false)):
             if weight > 0:
-                penalty, more = gradient_penalty(before, logits(x + s.penalty_std * disturbance), s.penalty_std)
+                disturbance = s.penalty_std * Noise.draw(x, (self.seed, 13, draw), s.shift).eps
+                penalty, more = gradient_penalty(before, logits(x + disturbance), s.penalty_std)
                 loss, metrics = loss + weight * penalty, {**metrics, **more}
         return loss, metrics
 
@@ -181,5 +177,4 @@ class DistributionMatching:
                 report(f"dmd {step}/{steps} {text} {time.perf_counter() - began:.0f}s")
             if state is not None and (step + 1) % every == 0:
                 keep(state, step + 1, everything, self.optimizers, self.ema)
-        with self.ema.swap():
-            return copy.deepcopy(self.players.student)
+        return averaged(self.players.student, self.ema)

@@ -5,7 +5,6 @@ A bidirectional pass is the parallel pass with one chunk that covers the clip: d
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -14,13 +13,13 @@ from torch import Tensor
 
 from algorithms.distillation.losses import flow_matching_loss
 from algorithms.distillation.settings import FineTune
-from algorithms.pretraining.flow import LatentPool, matrices, noised
+from algorithms.pretraining.flow import LatentPool, matrices, noised, shifted
 from algorithms.pretraining.loop import Fit, optimise
 from data.draws import Stream, generator, seed_of
 from envs.control import MASK_CHANNELS
 from policies.causal_dit import CausalWanTransformer3DModel
 from policies.causality import Causality
-from policies.ema import EMA
+from policies.ema import EMA, averaged
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -99,12 +98,11 @@ def finetune(
         dropped = torch.from_numpy(rng.uniform(size=len(x0)) < stage.text_dropout).to(x0.device)
         text = torch.where(dropped[:, None, None], negative, text)
         u = torch.from_numpy(rng.uniform(size=(len(x0), 1))).float().to(x0.device)
-        sigma = (stage.shift * u / (1 + (stage.shift - 1) * u)).expand(x0.shape[:2])
+        sigma = shifted(u, stage.shift).expand(x0.shape[:2])
         eps = torch.from_numpy(rng.standard_normal(tuple(x0.shape), dtype="float32")).to(x0.device)
         v = velocity(model, noised(x0, eps, sigma), sigma, condition, text)
         return flow_matching_loss(v, x0, eps)[0], {}
 
     trained = [p for p in model.parameters() if p.requires_grad]
     optimise(trained, Fit(steps, stage.lr), loss_of, "finetune", report, ema, matrices(model), state)
-    with ema.swap():
-        return copy.deepcopy(model)
+    return averaged(model, ema)

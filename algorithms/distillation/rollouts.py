@@ -42,10 +42,16 @@ class Student:
 
     def predict(self, history: Tensor, x: Tensor, sigma: Tensor, history_sigma: Tensor | None = None) -> Tensor:
         """Predict x0 `[B, M, C, h, w]` of frames x at noise levels `sigma [B, M]`, given a history."""
+        v = self.velocity(history, x, sigma, history_sigma)
+        return x.detach() - sigma[..., None, None, None] * v
+
+    def velocity(self, history: Tensor, x: Tensor, sigma: Tensor, history_sigma: Tensor | None = None) -> Tensor:
+        """Velocity `[B, M, C, h, w]` of frames x at noise levels `sigma [B, M]`, given a history without gradient."""
         rule = replace(self.causality, history_gradient=False)
         clean, noisy = (torch.cat([frames.detach(), self.state["condition"]], 2) for frames in (history, x))
-        v = self.network.parallel(clean, noisy, sigma, self.state["text"], causality=rule, history_sigma=history_sigma)
-        return x.detach() - sigma[..., None, None, None] * v
+        return self.network.parallel(
+            clean, noisy, sigma, self.state["text"], causality=rule, history_sigma=history_sigma
+        )
 
     def levels(self, steps: Tensor) -> Tensor:
         """Noise levels `[B, M]` before the given steps."""
@@ -148,7 +154,7 @@ def _step(student: Student, x: Tensor, n: int) -> Tensor:
     """Take step n of all frames at once, given the true history."""
     state, frames = student.state, range(x.shape[1])
     now, later, chosen = state["sigma"][..., n], state["sigma"][..., n + 1], state["stochastic"][..., n]
-    v = (x - student.predict(student.truth, x, now)) / now[..., None, None, None]
+    v = student.velocity(student.truth, x, now)
     keys = state["key"].tolist()
     moved = [
         act(student.kernel, x[:, m], v[:, m], now[:, m], later[:, m], chosen[:, m], [(*key, m, n) for key in keys])[0]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from algorithms.distillation.finetune import velocity
-from algorithms.pretraining.flow import noised
+from algorithms.pretraining.flow import noised, shifted
 from data.draws import Stream, generator, seed_of
 from policies.causal_dit import CausalWanTransformer3DModel
 
@@ -38,7 +38,7 @@ class Noise:
         """
         rng = generator(Stream.TRAINING, *key)
         u = torch.from_numpy(rng.uniform(size=(len(like), 1))).float()
-        sigma = (shift * u / (1 + (shift - 1) * u)).clamp(low, high).expand(like.shape[:2])
+        sigma = shifted(u, shift).clamp(low, high).expand(like.shape[:2])
         eps = torch.from_numpy(rng.standard_normal(tuple(like.shape), dtype="float32"))
         return Noise(sigma.to(like.device), eps.to(like.device))
 

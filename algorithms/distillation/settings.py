@@ -70,10 +70,6 @@ class TeacherForcingStage(Warmup):
     """Flow matching of every frame given the true ones before it.
 
     Attributes:
-        steps: optimizer steps; 0 leaves the stage out.
-        batch: clips per step.
-        lr: peak learning rate.
-        ema: decay of the averaged weights, which are the result.
         shift: noise levels are shift u / (1 + (shift - 1) u) for uniform u, one for each chunk.
     """
 
@@ -90,10 +86,6 @@ class ODEStage(Warmup):
     """Regression to the ends of the teacher's ODE paths.
 
     Attributes:
-        steps: optimizer steps; 0 leaves the stage out.
-        batch: clips per step.
-        lr: peak learning rate.
-        ema: decay of the averaged weights, which are the result.
         substeps: the teacher's steps for one of the student's.
     """
 
@@ -110,9 +102,6 @@ class ConsistencyStage(Warmup):
     """Causal consistency distillation.
 
     Attributes:
-        steps: optimizer steps; 0 leaves the stage out.
-        batch: clips per step.
-        lr: peak learning rate.
         ema: decay of the averaged weights, which make the target and are the result.
         substeps: the teacher's steps for one of the student's.
         huber: constant of the pseudo-Huber distance; 0 is the squared error.

@@ -23,9 +23,8 @@ class Strategy(Protocol):
 
 
 @dataclass(frozen=True)
-class SelfRollout:
-    """The paper's: the loss is on the prediction at a random exit step, but the frame goes on to noise level 0 without
-    gradient, and that finished frame is what later frames see, as at inference.
+class Exiting:
+    """What strategies with a random exit step share.
 
     Attributes:
         exit: per_video (one exit step for all frames) or per_frame (one for each chunk).
@@ -34,7 +33,15 @@ class SelfRollout:
     exit: str = "per_video"
 
     def __post_init__(self) -> None:
-        _check_scope(self.exit)
+        if self.exit not in SCOPES:
+            raise ValueError(f"strategy.exit must be one of {', '.join(SCOPES)}, got {self.exit!r}")
+
+
+@dataclass(frozen=True)
+class SelfRollout(Exiting):
+    """The paper's: the loss is on the prediction at a random exit step, but the frame goes on to noise level 0 without
+    gradient, and that finished frame is what later frames see, as at inference.
+    """
 
     def __call__(self, student: Student) -> Generated:
         """See `Strategy`."""
@@ -44,18 +51,10 @@ class SelfRollout:
 
 
 @dataclass(frozen=True)
-class SelfForcing:
+class SelfForcing(Exiting):
     """Self-Forcing (arXiv 2506.08009): a frame ends with its prediction at the exit step (collapse), and that is what
     later frames see, though inference never makes such a frame.
-
-    Attributes:
-        exit: per_video (one exit step for all frames) or per_frame (one for each chunk).
     """
-
-    exit: str = "per_video"
-
-    def __post_init__(self) -> None:
-        _check_scope(self.exit)
 
     def __call__(self, student: Student) -> Generated:
         """See `Strategy`."""
@@ -65,17 +64,8 @@ class SelfForcing:
 
 
 @dataclass(frozen=True)
-class TeacherForcing:
-    """The history is the true one; each frame is denoised from noise to its exit step given that.
-
-    Attributes:
-        exit: per_video (one exit step for all frames) or per_frame (one for each chunk).
-    """
-
-    exit: str = "per_video"
-
-    def __post_init__(self) -> None:
-        _check_scope(self.exit)
+class TeacherForcing(Exiting):
+    """The history is the true one; each frame is denoised from noise to its exit step given that."""
 
     def __call__(self, student: Student) -> Generated:
         """See `Strategy`."""
@@ -97,19 +87,17 @@ class DiffusionForcing:
 
 
 @dataclass(frozen=True)
-class Windowed:
+class Windowed(Exiting):
     """Self-Rollout with the loss on a random window of it: the late frames of clips longer than the window are trained.
 
     Attributes:
         frames: latent frames of the window, rounded up to whole chunks.
-        exit: per_video (one exit step for all frames) or per_frame (one for each chunk).
     """
 
     frames: int = 5
-    exit: str = "per_video"
 
     def __post_init__(self) -> None:
-        _check_scope(self.exit)
+        super().__post_init__()
         if self.frames < 2:
             raise ValueError(f"strategy.frames must be at least 2, got {self.frames}")
 
@@ -119,8 +107,3 @@ class Windowed:
 
         made = at_exits(student, exit_steps(student, self.exit), collapse=False)
         return made._replace(mask=window(student, self.frames))
-
-
-def _check_scope(scope: str) -> None:
-    if scope not in SCOPES:
-        raise ValueError(f"strategy.exit must be one of {', '.join(SCOPES)}, got {scope!r}")

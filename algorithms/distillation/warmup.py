@@ -13,7 +13,7 @@ from torch import Tensor
 from algorithms.distillation.losses import Loss, consistency_loss, flow_matching_loss, ode_regression_loss
 from algorithms.distillation.rollouts import Student
 from algorithms.distillation.scores import Noise, guided_x0
-from algorithms.pretraining.flow import noised
+from algorithms.pretraining.flow import noised, shifted
 from data.draws import Stream, generator
 from envs.transitions import ode_mean
 from policies.causal_dit import CausalWanTransformer3DModel
@@ -58,11 +58,10 @@ def teacher_forcing(student: Student, key: tuple[int, ...], shift: float) -> Los
     truth, rng = student.truth, generator(Stream.TRAINING, *key)
     chunk, frames = student.causality.chunk, student.truth.shape[1]
     u = torch.from_numpy(rng.uniform(size=(len(truth), -(-frames // chunk)))).float()
-    sigma = (shift * u / (1 + (shift - 1) * u)).repeat_interleave(chunk, 1)[:, :frames].to(truth.device)
+    sigma = shifted(u, shift).repeat_interleave(chunk, 1)[:, :frames].to(truth.device)
     eps = torch.from_numpy(rng.standard_normal(tuple(truth.shape), dtype="float32")).to(truth.device)
     x = noised(truth, eps, sigma)
-    v = (x - student.predict(truth, x, sigma)) / sigma[..., None, None, None]
-    return flow_matching_loss(v, truth, eps)
+    return flow_matching_loss(student.velocity(truth, x, sigma), truth, eps)
 
 
 def ode_initialisation(student: Student, teacher: Teacher, exits: Tensor, substeps: int) -> Loss:

@@ -26,7 +26,7 @@ from envs.transitions import ODE
 from policies.causal_dit import CausalWanTransformer3DModel
 from policies.causality import Causality
 from policies.codecs import TextCodec, VideoCodec
-from policies.ema import EMA
+from policies.ema import EMA, averaged
 from policies.sampler import generate
 from tracking.transforms import jittered
 
@@ -164,6 +164,11 @@ def build_transformer(stage: FlowStage, channels: int, text_dim: int) -> CausalW
         )
 
 
+def shifted(u: Tensor, shift: float) -> Tensor:
+    """Noise levels `shift u / (1 + (shift - 1) u)` of uniform u in [0, 1]: above 1, more weight to high ones."""
+    return shift * u / (1 + (shift - 1) * u)
+
+
 def noised(x0: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
     """`(1 - sigma) x0 + sigma eps` with `sigma [B, M]`."""
     level = sigma[..., None, None, None]
@@ -198,13 +203,13 @@ def train_flow(
         x0, condition, text = pool.sample((stage.seed, 2, step), stage.batch, stage.text_dropout)
         noise = torch.Generator().manual_seed(seed_of(Stream.TRAINING, stage.seed, 3, step))
         u = torch.rand(x0.shape[:2], generator=noise)
-        sigma = stage.shift * u / (1 + (stage.shift - 1) * u)
+        sigma = shifted(u, stage.shift)
         eps = torch.randn(x0.shape, generator=noise)
         velocity = predict(model, x0, noised(x0, eps, sigma), sigma, condition, text)
         return flow_matching_loss(velocity, x0, eps)[0], {}
 
     optimise(model.parameters(), Fit(stage.steps, stage.lr), loss_of, "flow", report, ema, matrices(model), state)
-    return _averaged(model, ema)
+    return averaged(model, ema)
 
 
 def own_frames(
@@ -250,15 +255,10 @@ def train_few_step(
 
     fit = Fit(stage.steps, stage.lr)
     optimise(student.parameters(), fit, loss_of, "few-step", report, ema, matrices(student), state)
-    return _averaged(student, ema)
+    return averaged(student, ema)
 
 
 def matrices(model: CausalWanTransformer3DModel) -> list[torch.nn.Parameter]:
     """Weight matrices of the blocks that train: what Muon is for. The factors of adapters are not."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and p.ndim == 2]
     return [p for name, p in named if name.startswith("blocks.") and ".lora_" not in name]
-
-
-def _averaged(model: CausalWanTransformer3DModel, ema: EMA) -> CausalWanTransformer3DModel:
-    with ema.swap():
-        return copy.deepcopy(model)
