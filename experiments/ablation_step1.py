@@ -5,8 +5,9 @@ and Self-Forcing with chunks of 1 and of 3 frames (3 is the paper's baseline), t
 model and the teacher, which take many steps and see the whole clip. All on the same held-out clips and noise, with the
 last weights: sampled by the ODE and by re-noising, at the training length and at two and four times that, there with
 caches of 7, 15 and 25 frames.
-The result is `docs/results/step1.jsonl`, `step1.md` (the table) and `step1.png` (error along the clip). Interrupt it at
-will: it goes on where it stopped.
+A probe with one step less says how good the guesses are that Self-Forcing shows to later frames. The result is
+`docs/results/step1.jsonl`, `step1.md` (the table) and `step1.png` (error along the clip). Interrupt it at will: it goes
+on where it stopped.
 """
 
 from __future__ import annotations
@@ -16,21 +17,24 @@ import statistics
 from pathlib import Path
 
 from runtime.cells import (
-    MANY_STEPS,
+    FRAMES,
     RESULTS,
-    ROOT,
     Cell,
     Probe,
     Row,
     arms_of,
+    many_steps,
     mean_seconds,
     publish,
     run_all,
     spread,
     weights_of,
 )
+from runtime.models import Pretrained
 
-FRAMES = 9
+# Of every student; a cell takes a quarter of an hour on one core.
+TRAINING = ("stage.pool=512", "stage.teacher_forcing.steps=800", "updates=100")
+JUDGES = ("vae", "text_encoder", "tokenizer", "aesthetic_eval")
 STUDENTS = {
     "self_rollout": ("strategy=self_rollout",),
     "self_rollout_chunk3": ("strategy=self_rollout", "rollout.chunk=3"),
@@ -47,6 +51,7 @@ METRICS = {
 }
 PROBES = {
     "renoise": "re-noised",
+    "two_steps": "2 steps",
     "long2": "2 x length",
     "long4": "4 x length",
     "cache15": "4 x length, cache 15",
@@ -64,9 +69,7 @@ def cells(seeds: int, clips: int, initial: str, teacher: str, options: list[str]
         options: overrides of every `distill.py`; those of `rollout` and `world` hold for the evaluations too.
     """
     shared = (f"evaluation.clips={clips}", "evaluation.every=0", "logger=local")
-    whole = (*shared, MANY_STEPS, f"rollout.chunk={FRAMES}")
-    models = {"initial": initial, "teacher": teacher}
-    found = [Cell(name, 0, "evaluate.py", (*whole, f"model.transformer={path}")) for name, path in models.items()]
+    found = [whole(name, path, shared) for name, path in (("initial", initial), ("teacher", teacher))]
     common = [text for text in options if text.startswith(("rollout.", "world"))]
     for seed in range(seeds):
         for arm, strategy in STUDENTS.items():
@@ -74,14 +77,30 @@ def cells(seeds: int, clips: int, initial: str, teacher: str, options: list[str]
             student = (*shared, *common, *chunk, "model.transformer={folder}/transformer")
             probes = (
                 Probe("renoise", (*student, "evaluation.sampler=renoise")),
+                Probe("two_steps", (*student, "rollout.sigmas=[1.0,0.755,0.0]")),
                 Probe("long2", (*student, f"rollout.frames={2 * FRAMES}")),
                 Probe("long4", (*student, f"rollout.frames={4 * FRAMES}")),
                 Probe("cache15", (*student, f"rollout.frames={4 * FRAMES}", "rollout.window=15")),
                 Probe("cache25", (*student, f"rollout.frames={4 * FRAMES}", "rollout.window=25")),
             )
-            overrides = (*shared, *strategy, f"stage.teacher={teacher}", *options, f"seed={seed}", "resume=true")
+            overrides = (
+                *shared,
+                *strategy,
+                f"stage.teacher={teacher}",
+                *TRAINING,
+                *options,
+                f"seed={seed}",
+                "resume=true",
+            )
             found.append(Cell(arm, seed, "distill.py", overrides, probes))
     return found
+
+
+def whole(name: str, path: str, shared: tuple[str, ...]) -> Cell:
+    """Cell of a model that sees whole clips, in many steps."""
+    lengths = {"long2": 2 * FRAMES, "long4": 4 * FRAMES}
+    probes = [Probe(key, (*shared, *many_steps(path, n))) for key, n in lengths.items()]
+    return Cell(name, 0, "evaluate.py", (*shared, *many_steps(path)), tuple(probes))
 
 
 def table(rows: list[Row]) -> str:
@@ -91,7 +110,9 @@ def table(rows: list[Row]) -> str:
     for arm, members in arms_of(rows).items():
         values = [spread([m["after"][key] for m in members]) for key in METRICS]
         values += [
-            spread([m["probes"][name]["after"]["motion_error_px"] for m in members]) if members[0]["probes"] else ""
+            spread([m["probes"][name]["after"]["motion_error_px"] for m in members])
+            if name in members[0]["probes"]
+            else ""
             for name in PROBES
         ]
         lines.append(f"| {arm} | {len(members)} | {' | '.join(values)} | {mean_seconds(members)} |")
@@ -112,9 +133,7 @@ def draw(rows: list[Row], path: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for arm, members in arms_of(rows).items():
-        curves = [m["probes"]["long4"]["error_by_frame"] for m in members if m["probes"]]
-        if not curves:
-            continue
+        curves = [m["probes"]["long4"]["error_by_frame"] for m in members]
         frames = range(1, len(curves[0]) + 1)
         columns = list(zip(*curves, strict=True))
         axes.plot(frames, [statistics.mean(c) for c in columns], label=arm.replace("_", " "))
@@ -134,13 +153,13 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=64, help="held-out clips")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one CPU thread each")
     parser.add_argument("--out", type=Path, default=Path("outputs/step1"))
-    parser.add_argument("--initial", required=True, help="folder of the initial model, from experiments/finetune.py")
-    parser.add_argument("--teacher", required=True, help="folder of the teacher, likewise")
+    parser.add_argument("--initial", default="initial", help="the initial model, as model.transformer names it")
+    parser.add_argument("--teacher", default="teacher", help="the teacher, likewise")
     parser.add_argument("options", nargs="*", help="overrides of distill.py, such as updates=100")
     options = parser.parse_args()
     todo = cells(options.seeds, options.clips, options.initial, options.teacher, options.options)
-    folders = (ROOT / "assets" / "tiny", Path(options.initial), Path(options.teacher))
-    weights = " ".join(weights_of(folder) for folder in folders)
+    parts = (*JUDGES, options.initial, options.teacher)
+    weights = " ".join(weights_of(Pretrained("assets/tiny", transformer=part).network) for part in parts)
     rows = run_all(todo, options.out, weights, options.jobs)
     publish("step1", rows, table(rows))
     draw(rows, RESULTS / "step1.png")

@@ -1,7 +1,7 @@
 """Train the embedded models of `assets/tiny` from nothing: `python experiments/tiny.py` (`make tiny`).
 
-About two hours on two cores; a stage whose result is in the folder is not trained again, so an interrupted run
-goes on with the stage it was in. Settings of the stages are in `algorithms/pretraining/`.
+About three hours on two cores; a stage whose result is in the folder is not trained again, so an interrupted run
+goes on with the stage it was in. Settings of the stages are those of `algorithms.pretraining.chain.Recipe`.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -260,3 +261,9 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         _, ph, pw = self.config.patch_size
         x = tokens.reshape(tokens.shape[0], count, height // ph, width // pw, ph, pw, -1)
         return x.permute(0, 1, 6, 2, 4, 3, 5).reshape(tokens.shape[0], count, -1, height, width)
+
+
+def save(model: CausalWanTransformer3DModel, folder: Path) -> None:
+    """Write a transformer in diffusers' layout, without the path that it was read from."""
+    model.register_to_config(_name_or_path="")
+    model.save_pretrained(folder)

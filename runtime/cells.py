@@ -24,8 +24,8 @@ from runtime.verdict import t95
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENTS, RESULTS = ROOT / "experiments", ROOT / "docs" / "results"
-# Override of a many-step model: 16 even steps.
-MANY_STEPS = "rollout.sigmas=[" + ",".join(f"{1 - i / 16:g}" for i in range(17)) + "]"
+# Latent frames of a clip in training.
+FRAMES = 9
 Row = dict[str, Any]
 
 
@@ -70,6 +70,13 @@ class Cell:
         """What one would type for it, then for its probes."""
         runs = [(self.script, self.overrides), *(("evaluate.py", probe.overrides) for probe in self.probes)]
         return "; ".join(" ".join(["python", f"experiments/{script}", *overrides]) for script, overrides in runs)
+
+
+def many_steps(model: str, frames: int = FRAMES) -> tuple[str, ...]:
+    """Overrides for a model that sees the whole clip: 16 even steps, one chunk."""
+    sigmas = "rollout.sigmas=[" + ",".join(f"{1 - i / 16:g}" for i in range(17)) + "]"
+    longer = (f"rollout.frames={frames}",) if frames != FRAMES else ()
+    return (sigmas, f"model.transformer={model}", *longer, f"rollout.chunk={frames}")
 
 
 def run_all(cells: Sequence[Cell], out: Path, weights: str, jobs: int) -> list[Row]:

@@ -19,7 +19,7 @@ from policies.codecs import TextCodec, VideoCodec
 from runtime.models import Pretrained
 
 if TYPE_CHECKING:
-    from algorithms.pretraining.flow import LatentPool
+    from algorithms.distillation.pool import LatentPool
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Networks:
 
     def pools(self, world: World, count: int, track_noise: float = 0.0, first: int = 0) -> list[LatentPool]:
         """Encoded training clips `first .. first + count - 1` of every frame size; see `encode_pool`."""
-        from algorithms.pretraining.flow import encode_pool
+        from algorithms.distillation.pool import encode_pool
 
         return [
             encode_pool(world, self.video, self.text, bucket, count, first, track_noise, self.control)

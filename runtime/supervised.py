@@ -28,6 +28,7 @@ def conclude(session: Session, train: Callable[[Path], CausalWanTransformer3DMod
             an interrupted run left.
     """
     from policies.adapters import merged
+    from policies.causal_dit import save
     from runtime.evaluation import error_by_frame, measure
     from runtime.outcome import draw_samples
 
@@ -41,7 +42,7 @@ def conclude(session: Session, train: Callable[[Path], CausalWanTransformer3DMod
     seconds = time.time() - began
     network.load_state_dict(trained.state_dict())
     after, samples = session.evaluate()
-    merged(trained).save_pretrained(folder / "transformer")
+    save(merged(trained), folder / "transformer")
     draw_samples(folder / "videos", [("true clip", session.truth), ("after", samples)])
     result = {
         "before": before,

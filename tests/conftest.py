@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from algorithms.pretraining.flow import FlowStage, build_transformer
 from algorithms.pretraining.towers import TowerStage, build_text, build_tokenizer, build_vision
+from algorithms.pretraining.transformer import Shape, build_transformer
 from algorithms.pretraining.vae import VAEStage, build_vae
 from data.sprites import vocabulary
 
@@ -28,6 +28,5 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name in ("aesthetic", "aesthetic_eval"):
             build_vision(stage).save_pretrained(folder / name)
             save_file({"weight": torch.randn(1, 16), "bias": torch.zeros(1)}, folder / name / "head.safetensors")
-        flow = FlowStage(dim=24, heads=2, layers=1, ffn=32)
-        build_transformer(flow, 4, 16).save_pretrained(folder / "transformer")
+        build_transformer(Shape(dim=24, heads=2, layers=1, ffn=32), 4, 16).save_pretrained(folder / "transformer")
     return folder

@@ -11,7 +11,8 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from algorithms.pretraining import flow, towers, vae
+from algorithms.pretraining import towers, vae
+from algorithms.pretraining.transformer import Shape, build_transformer
 from benchmarks import __main__ as benchmarks
 from benchmarks import policy
 from benchmarks.measure import race
@@ -22,11 +23,11 @@ from policies.actor import Actor
 from policies.causality import Causality
 
 BATCH, FRAMES, STEPS = 2, 4, 3
-SMALL = flow.FlowStage(dim=16, heads=2, layers=2, ffn=16)
+SMALL = Shape(dim=16, heads=2, layers=2, ffn=16)
 
 
 def actor(history_gradient: bool = False) -> Actor:
-    network = flow.build_transformer(SMALL, 2, 8).eval()
+    network = build_transformer(SMALL, 2, 8).eval()
     draw = torch.Generator().manual_seed(0)
     for parameter in network.parameters():
         parameter.data = torch.randn(parameter.shape, generator=draw) * 0.2
@@ -114,7 +115,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         towers.train_towers(world, vocabulary(), stage, folder, name, lambda line: None)
     codec = vae.VAEStage(base_dim=4, dim_mult=[1, 1, 1], z_dim=4, steps=1, batch=2, pool=2)
     vae.train_vae(world, codec, folder / "vae", lambda line: None)
-    flow.build_transformer(SMALL, 4, 16).save_pretrained(folder / "transformer")
+    build_transformer(SMALL, 4, 16).save_pretrained(folder / "transformer")
     return folder
 
 

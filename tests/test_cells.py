@@ -99,7 +99,10 @@ def row(arm: str, seed: int, error: float, probes: bool = False) -> dict[str, An
 def test_the_tables_say_what_was_found(tmp_path: Path) -> None:
     found = learn.table([row("student", 0, 4.0), *(row("grpo", s, e) for s, e in enumerate((2.0, 3.0, 4.0)))])
     assert "| grpo | 3 | 3.000 ± 1.000 |" in found and "-50.0 %, -25.0 %, +0.0 %; mean in [-87.1, +37.1] %" in found
-    rows = [row("teacher", 0, 1.0), *(row("self_rollout", s, e, probes=True) for s, e in enumerate((2.0, 4.0)))]
+    rows = [
+        row("teacher", 0, 1.0, probes=True),
+        *(row("self_rollout", s, e, probes=True) for s, e in enumerate((2.0, 4.0))),
+    ]
     found = ablation_step1.table(rows)
     assert (
         found.count("3.000 ± 1.414") == 1 + len(ablation_step1.PROBES)
@@ -114,6 +117,9 @@ def test_the_cells_of_step_1_are_all_arms_and_seeds() -> None:
     assert [c.name for c in made[:2]] == ["initial_0", "teacher_0"] and len(made) == 2 + 2 * len(
         ablation_step1.STUDENTS
     )
+    teacher = made[1]
+    assert "rollout.chunk=9" in teacher.overrides and [p.name for p in teacher.probes] == ["long2", "long4"]
+    assert {"rollout.frames=36", "rollout.chunk=36", "model.transformer=b"} <= set(teacher.probes[1].overrides)
     chunked = next(c for c in made if c.arm == "self_forcing_chunk3")
     assert {"updates=5", "stage.teacher=b"} <= set(chunked.overrides)
     assert all("rollout.window=3" in p.overrides and "updates=5" not in p.overrides for p in chunked.probes)

@@ -13,11 +13,12 @@ from torch import Tensor
 from algorithms.distillation import strategies, warmup
 from algorithms.distillation.dmd import DistributionMatching, Players
 from algorithms.distillation.finetune import add_control, bidirectional, finetune, fresh, velocity
+from algorithms.distillation.noise import Noise
+from algorithms.distillation.pool import LatentPool
 from algorithms.distillation.rollouts import Generated, Student
-from algorithms.distillation.scores import Discriminator, Noise, guided_x0, predict_x0
+from algorithms.distillation.scores import Discriminator, guided_x0, predict_x0
 from algorithms.distillation.settings import DMD, FineTune
 from algorithms.distillation.warmup import Teacher
-from algorithms.pretraining.flow import LatentPool
 from policies.causality import Causality
 from policies.ema import EMA
 from tests.students import BATCH, LATENT, STEPS, TABLE, fixed, network, silent, student

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKLWan
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
-from algorithms.pretraining import flow, towers, vae
+from algorithms.distillation.noise import noised
+from algorithms.distillation.pool import LatentPool, encode_pool
+from algorithms.distillation.settings import DMD, ConsistencyStage, Distill, FineTune, ODEStage, TeacherForcingStage
+from algorithms.pretraining import towers, vae
+from algorithms.pretraining.chain import Chain, Recipe, Studying, Teaching
 from algorithms.pretraining.loop import Fit, learning_rate, optimise
+from algorithms.pretraining.transformer import Shape
 from data.pool import ClipPool
 from data.sprites import Sprites, vocabulary
 from metrics.clip_vision import ClipVision
-from policies.codecs import VideoCodec
 from policies.ema import EMA
 from rewards.aesthetic import load_head
 from runtime.models import Pretrained
@@ -26,8 +31,25 @@ from runtime.networks import Networks
 WORLD = Sprites(frames=5, sizes=["16x16", "16x24"], max_sprites=2)
 VAE = vae.VAEStage(base_dim=4, dim_mult=[1, 1, 2], z_dim=4, steps=2, batch=4, long_from=0.5, pool=4)
 TOWERS = towers.TowerStage(width=16, layers=2, projection=8, steps=2, batch=4, pool=4)
-FLOW = flow.FlowStage(dim=32, heads=2, layers=1, ffn=32, steps=2, batch=2, pool=3)
-FEW_STEP = flow.FewStepStage(steps=2, batch=2)
+SHAPE = Shape(dim=32, heads=2, layers=1, ffn=32)
+RECIPE = Recipe(
+    vae=VAE,
+    towers=TOWERS,
+    initial=Teaching(FineTune(fresh=True, control=False, batch=2, pool=3), 2, shape=SHAPE),
+    teacher=Teaching(FineTune(batch=2, pool=3), 2),
+    weak_teacher=Teaching(FineTune(batch=2, pool=3, track_noise=2.0), 2),
+    student=Studying(
+        Distill(
+            teacher="weak_teacher",
+            pool=3,
+            teacher_forcing=TeacherForcingStage(steps=2, batch=2),
+            ode=ODEStage(batch=2),
+            consistency=ConsistencyStage(batch=2),
+            dmd=DMD(batch=2, layers=[0], generator_every=1),
+        ),
+        2,
+    ),
+)
 
 
 def silent(line: str) -> None:
@@ -92,67 +114,21 @@ def test_an_interrupted_stage_ends_with_the_same_weights(muon: bool, tmp_path: P
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-# Flow matching.
-
-
-class PointMass(nn.Module):
-    """A flow model with one weight: the exact velocity of a point mass at `scale` times the true frame."""
-
-    def __init__(self, scale: float) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.tensor(scale))
-
-    def parallel(self, clean: Tensor, noisy: Tensor, sigma: Tensor, text: Tensor, *, causality: Any) -> Tensor:
-        x0, x = clean[:, :, :2], noisy[:, :, :2]
-        return (x - self.scale * x0) / sigma[..., None, None, None]
-
-
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def latent_pool() -> flow.LatentPool:
-    return flow.LatentPool(random(8, 3, 2, 4, 4), random(8, 3, 2, 4, 4, seed=1), random(8, 5, 6, seed=2))
+def latent_pool() -> LatentPool:
+    return LatentPool(random(8, 3, 2, 4, 4), random(8, 3, 2, 4, 4, seed=1), random(8, 5, 6, seed=2))
 
 
 def test_noised_by_hand() -> None:
     x0, eps = torch.full((1, 2, 1, 1, 1), 2.0), torch.full((1, 2, 1, 1, 1), -1.0)
     sigma = torch.tensor([[0.25, 1.0]])
-    assert flow.noised(x0, eps, sigma).flatten().tolist() == [1.25, -1.0]
+    assert noised(x0, eps, sigma).flatten().tolist() == [1.25, -1.0]
     # x0 = x - sigma v.
-    x = flow.noised(x0, eps, sigma)
+    x = noised(x0, eps, sigma)
     torch.testing.assert_close(x - sigma[..., None, None, None] * (eps - x0), x0)
-
-
-def test_flow_matching_finds_the_point_mass() -> None:
-    model: Any = PointMass(0.8)
-    trained: Any = flow.train_flow([latent_pool()], flow.FlowStage(steps=80, batch=4, lr=0.02, ema=0.0), model, silent)
-    assert trained.scale.item() == pytest.approx(1.0, abs=0.03)
-
-
-def test_few_step_student_learns_to_stay_on_the_clip_from_its_own_history() -> None:
-    pool = latent_pool()
-    model = flow.build_transformer(flow.FlowStage(dim=24, heads=2, layers=1, ffn=48), 2, 6)
-    before = [p.detach().clone() for p in model.parameters()]
-    drifts: list[float] = []
-    stage = flow.FewStepStage(steps=201, batch=4, lr=1e-2, ema=0.0, own_history=1.0)
-
-    def note(line: str) -> None:
-        drifts.append(float(line.split("drift ")[1].split()[0]))
-
-    student = flow.train_few_step([pool], stage, model, note)
-    assert drifts[-1] < 0.5 * drifts[0]
-    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)), "the start stays as it is"
-    condition = pool.sample((0, 4, 0), 4)[1]
-    frames = [flow.own_frames(student, condition, pool.text[:4], stage.sigmas, 2, seed) for seed in (5, 5, 6)]
-    assert torch.equal(frames[0], frames[1]) and not torch.equal(frames[0], frames[2])
-
-
-def test_averaged_weights_are_returned_and_the_model_keeps_its_own() -> None:
-    model: Any = PointMass(0.8)
-    stage = flow.FlowStage(steps=30, batch=4, lr=0.02, ema=0.9)
-    averaged: Any = flow.train_flow([latent_pool()], stage, model, silent)
-    assert 0.8 < averaged.scale.item() < model.scale.item()
 
 
 def test_latent_pool_draws_by_key() -> None:
@@ -167,9 +143,6 @@ def test_latent_pool_draws_by_key() -> None:
     assert torch.equal(condition[:, :, 6:], pool.control[rows])
     noise = condition[:, 1:, 4:6]
     assert (noise - latents[:, 1:]).abs().amax((1, 2, 3, 4)).min() > 0.1 and 0.5 < noise.std() < 1.5
-    assert pool.sample((0,), 4, text_dropout=1.0)[2].abs().max() == 0
-    dropped = torch.cat([pool.sample((0, n), 8, text_dropout=0.3)[2].abs().sum((1, 2)) == 0 for n in range(50)])
-    assert float(dropped.float().mean()) == pytest.approx(0.3, abs=0.08)
 
 
 # The VAE.
@@ -270,29 +243,12 @@ def test_tokenizer_round_trip() -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All stages, two steps each; nothing may touch torch's global generator."""
+    """The whole chain, two steps a stage; nothing may touch torch's global generator."""
     out = tmp_path_factory.mktemp("tiny")
     before = torch.get_rng_state()
-    vae.train_vae(WORLD, VAE, out / "vae", silent)
-    towers.train_towers(WORLD, vocabulary(), TOWERS, out, "aesthetic", silent)
-    video = VideoCodec(AutoencoderKLWan.from_pretrained(out / "vae"))
-    partial = Pretrained(path=str(out))
-    text = text_codec(out, partial.text_length)
-    pools = [flow.encode_pool(WORLD, video, text, bucket, FLOW.pool) for bucket in WORLD.buckets]
-    model = flow.build_transformer(FLOW, 4, TOWERS.width)
-    teacher = flow.train_flow(pools, FLOW, model, silent)
-    flow.train_few_step(pools, FEW_STEP, teacher, silent).save_pretrained(out / "transformer")
+    Chain(WORLD, out, silent, RECIPE).run()
     assert torch.equal(torch.get_rng_state(), before)
     return out
-
-
-def text_codec(out: Path, length: int) -> Any:
-    from transformers import UMT5EncoderModel
-
-    from policies.codecs import TextCodec
-
-    encoder = UMT5EncoderModel.from_pretrained(out / "text_encoder")
-    return TextCodec(AutoTokenizer.from_pretrained(out / "tokenizer"), encoder, length)
 
 
 @pytest.fixture(scope="module")
@@ -324,7 +280,7 @@ def test_latents_are_normalised(networks: Networks) -> None:
 def test_training_and_acting_condition_alike(networks: Networks) -> None:
     """What a rollout is conditioned on is what the network was trained on, but for the noise."""
     bucket = WORLD.buckets[1]
-    pool = flow.encode_pool(WORLD, networks.video, networks.text, bucket, 3, first=2)
+    pool = encode_pool(WORLD, networks.video, networks.text, bucket, 3, first=2)
     clips = ClipPool(WORLD, bucket, range(2, 5)).batch(range(3))
     acting = networks.condition(clips, [(0, 0, p) for p in range(3)], "cpu")
     latents, training, text = pool.sample((0, 1), 3)
@@ -340,22 +296,39 @@ def test_training_and_acting_condition_alike(networks: Networks) -> None:
 def test_noise_of_the_tracks_is_in_the_control_alone(networks: Networks) -> None:
     bucket = WORLD.buckets[0]
     exact, noisy, again = (
-        flow.encode_pool(WORLD, networks.video, networks.text, bucket, 3, track_noise=std) for std in (0.0, 3.0, 3.0)
+        encode_pool(WORLD, networks.video, networks.text, bucket, 3, track_noise=std) for std in (0.0, 3.0, 3.0)
     )
     assert torch.equal(exact.latents, noisy.latents) and torch.equal(exact.text, noisy.text)
     assert (exact.control - noisy.control).abs().max() > 1e-2
     assert torch.equal(noisy.control, again.control)
 
 
-def test_stages_are_functions_of_their_seed(folder: Path, tmp_path: Path) -> None:
-    vae.train_vae(WORLD, VAE, tmp_path / "vae", silent)
-    again = AutoencoderKLWan.from_pretrained(tmp_path / "vae").state_dict()
-    first = AutoencoderKLWan.from_pretrained(folder / "vae").state_dict()
-    assert all(torch.equal(first[name], again[name]) for name in first)
-    towers.train_towers(WORLD, vocabulary(), TOWERS, tmp_path, "aesthetic", silent)
-    for name in (
-        "aesthetic/model.safetensors",
-        "aesthetic/head.safetensors",
-        "text_encoder/model.safetensors",
-    ):
-        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes(), name
+def test_the_recipe_is_noted_and_nothing_is_trained_twice(folder: Path) -> None:
+    noted = json.loads((folder / "recipe.json").read_text())
+    assert {name: note["settings"] for name, note in noted.items()} == {
+        name: json.loads(json.dumps(asdict(stage))) for name, stage in RECIPE.stages().items()
+    }
+    lines: list[str] = []
+    Chain(WORLD, folder, lines.append, RECIPE).run()
+    assert [line.split(":")[0] for line in lines] == list(noted) and all("found" in line for line in lines)
+
+
+def test_the_initial_model_ignores_the_drag_and_the_student_is_made_from_it(folder: Path) -> None:
+    channels = 4
+    control = {
+        name: load_file(next((folder / name).glob("*.safetensors")))["patch_embedding.weight"][:, -channels:].any()
+        for name in ("initial", "teacher", "weak_teacher", "transformer")
+    }
+    assert control == {"initial": False, "teacher": True, "weak_teacher": True, "transformer": True}
+    assert not json.loads((folder / "transformer" / "config.json").read_text())["_name_or_path"]
+
+
+@pytest.mark.parametrize("lost", [["vae"], ["aesthetic"], ["weak_teacher", "transformer"]])
+def test_what_is_lost_is_trained_again_the_same(lost: list[str], folder: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again"
+    shutil.copytree(folder, again)
+    for part in lost:
+        shutil.rmtree(again / part)
+    Chain(WORLD, again, silent, RECIPE).run()
+    for path in folder.rglob("*.safetensors"):
+        assert path.read_bytes() == (again / path.relative_to(folder)).read_bytes(), path.name

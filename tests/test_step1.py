@@ -118,6 +118,15 @@ def test_every_strategy_moves_the_student(model: Path, tmp_path: Path, strategy:
     assert all(bool(value.isfinite().all()) for value in after.values())
 
 
+def test_distillation_into_adapters(model: Path, tmp_path: Path) -> None:
+    options = [*DISTILL, "adaptation=lora", "stage.from_teacher=false"]
+    distill.run(plan("distill", model, tmp_path / "run", *options))
+    after, before = weights(tmp_path / "run"), load_file(next((model / "transformer").glob("*.safetensors")))
+    assert after.keys() == before.keys(), "the result is a plain transformer"
+    moved = {name.rsplit(".", 1)[0] for name in after if not torch.equal(after[name], before[name])}
+    assert moved and all("attn" in name or "ffn" in name for name in moved), "what has adapters, and nothing else"
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [

@@ -14,13 +14,13 @@ from torch import Tensor
 from algorithms.distillation import warmup
 from algorithms.distillation.dmd import DistributionMatching, Players
 from algorithms.distillation.losses import Loss
+from algorithms.distillation.pool import LatentPool
 from algorithms.distillation.rollouts import Student, exit_steps
 from algorithms.distillation.scores import Discriminator
 from algorithms.distillation.settings import Distill
 from algorithms.distillation.settings import Warmup as Stage
 from algorithms.distillation.warmup import Teacher
-from algorithms.pretraining.flow import LatentPool, matrices
-from algorithms.pretraining.loop import Fit, optimise
+from algorithms.pretraining.loop import Fit, matrices, optimise
 from data.draws import Stream, generator
 from envs.ar_video import start
 from envs.transitions import CPS, ODE

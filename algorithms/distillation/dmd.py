@@ -19,8 +19,9 @@ from algorithms.distillation.losses import (
     generator_loss,
     gradient_penalty,
 )
+from algorithms.distillation.noise import Noise
 from algorithms.distillation.rollouts import Generated, Student
-from algorithms.distillation.scores import Discriminator, Noise, predict_x0
+from algorithms.distillation.scores import Discriminator, predict_x0
 from algorithms.distillation.settings import DMD
 from algorithms.distillation.warmup import Teacher
 from algorithms.pretraining.loop import keep, restore

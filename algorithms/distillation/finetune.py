@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from algorithms.distillation.losses import flow_matching_loss
+from algorithms.distillation.noise import noised, shifted
+from algorithms.distillation.pool import LatentPool
 from algorithms.distillation.settings import FineTune
-from algorithms.pretraining.flow import LatentPool, matrices, noised, shifted
-from algorithms.pretraining.loop import Fit, optimise
+from algorithms.pretraining.loop import Fit, matrices, optimise
 from data.draws import Stream, generator, seed_of
 from envs.control import MASK_CHANNELS
 from policies.causal_dit import CausalWanTransformer3DModel

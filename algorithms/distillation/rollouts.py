@@ -14,7 +14,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from algorithms.pretraining.flow import noised
+from algorithms.distillation.noise import noised
 from data.draws import Stream, generator
 from envs.transitions import Transition
 from policies.causal_dit import CausalWanTransformer3DModel

@@ -8,43 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from algorithms.distillation.finetune import velocity
-from algorithms.pretraining.flow import noised, shifted
-from data.draws import Stream, generator, seed_of
+from data.draws import Stream, seed_of
 from policies.causal_dit import CausalWanTransformer3DModel
-
-
-@dataclass(frozen=True)
-class Noise:
-    """How clips are noised before they are judged: `sigma [B, M]`, one level for all frames of a clip, and `eps`."""
-
-    sigma: Tensor
-    eps: Tensor
-
-    @staticmethod
-    def draw(like: Tensor, key: tuple[int, ...], shift: float, low: float = 0.02, high: float = 0.98) -> Noise:
-        """Draw levels `shift u / (1 + (shift - 1) u)` for uniform u, limited to [low, high], and noise.
-
-        Args:
-            like: clips `[B, M, C, h, w]`.
-            key: of the TRAINING stream.
-            shift: above 1, more weight to high levels.
-            low, high: limits of the level.
-        """
-        rng = generator(Stream.TRAINING, *key)
-        u = torch.from_numpy(rng.uniform(size=(len(like), 1))).float()
-        sigma = shifted(u, shift).clamp(low, high).expand(like.shape[:2])
-        eps = torch.from_numpy(rng.standard_normal(tuple(like.shape), dtype="float32"))
-        return Noise(sigma.to(like.device), eps.to(like.device))
-
-    def on(self, x0: Tensor) -> Tensor:
-        """Noise a clip."""
-        return noised(x0, self.eps, self.sigma)
 
 
 def predict_x0(model: CausalWanTransformer3DModel, x: Tensor, sigma: Tensor, condition: Tensor, text: Tensor) -> Tensor:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from algorithms.distillation.losses import Loss, consistency_loss, flow_matching_loss, ode_regression_loss
+from algorithms.distillation.noise import Noise, noised, shifted
 from algorithms.distillation.rollouts import Student
-from algorithms.distillation.scores import Noise, guided_x0
-from algorithms.pretraining.flow import noised, shifted
+from algorithms.distillation.scores import guided_x0
 from data.draws import Stream, generator
 from envs.transitions import ode_mean
 from policies.causal_dit import CausalWanTransformer3DModel

@@ -1,1 +1,1 @@
-"""Supervised stages that make the embedded models: VAE, text and aesthetic towers, teacher, few-step student."""
+"""Supervised stages that make the embedded models: VAE, text and aesthetic towers, teachers, student."""

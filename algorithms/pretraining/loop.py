@@ -54,6 +54,12 @@ def optimizers(weights: list[nn.Parameter], matrices: Iterable[nn.Parameter], fi
     return found
 
 
+def matrices(model: nn.Module) -> list[nn.Parameter]:
+    """Weight matrices of the blocks that train: what Muon is for. The factors of adapters are not."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and p.ndim == 2]
+    return [p for name, p in named if name.startswith("blocks.") and ".lora_" not in name]
+
+
 def learning_rate(fit: Fit, step: int) -> float:
     """Learning rate of a step (0-based)."""
     return fit.lr * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * math.cos(0.5 * math.pi * step / fit.steps) ** 2)
