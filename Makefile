@@ -12,7 +12,7 @@ PIP      := $(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -
 SOURCES  := envs policies rewards algorithms data tracking metrics runtime experiments benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint bench learn ablation-step1 tiny clean
+.PHONY: help venv demo test test-slow lint bench learn ablation-step1 tiny clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ demo: $(VENV)/.installed  ## install, then improve the embedded model with GRPO 
 
 test: $(VENV)/.installed-dev  ## install, then run the tests
 	$(BIN)/python -m pytest -q
+
+test-slow: $(VENV)/.installed-dev  ## the tests that `make test` leaves out: every algorithm with every schedule, kernel and reward
+	$(BIN)/python -m pytest -q -m slow
 
 lint: $(VENV)/.installed-dev  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -16,34 +16,58 @@ def group_valid(valid: Tensor, group_size: int) -> Tensor:
     return whole.repeat_interleave(group_size)[:, None].expand_as(valid)
 
 
-def group_advantage(reward: Tensor, group_size: int, std: str = "unbiased", eps: float = 1e-4) -> Tensor:
+def credited(reward: Tensor, credit: str) -> Tensor:
+    """What each frame answers for, `[B, M]`: `per_frame` its own reward (AR-Drag Eq. 13), `return_to_go` the sum of its
+    own and all later ones, `clip` the sum over the clip.
+    """
+    reward = reward.float()
+    if credit == "return_to_go":
+        return reward.flip(1).cumsum(1).flip(1)
+    return reward.sum(1, keepdim=True).expand_as(reward) if credit == "clip" else reward
+
+
+def group_advantage(
+    score: Tensor,
+    group_size: int,
+    std: str = "unbiased",
+    normalize: str = "group",
+    eps: float = 1e-4,
+    valid: Tensor | None = None,
+) -> Tensor:
     """Advantage relative to the group, for each latent frame on its own (AR-Drag section 3.3, below Eq. 13).
 
-    `A[b, m] = (R[b, m] - mean) / (std + eps)` over the samples of b's group. A group without spread gets exactly 0.
+    `A[b, m] = (R[b, m] - mean) / (std + eps)`, the mean over the samples of b's group. A group without spread gets
+    exactly 0.
 
     Args:
-        reward: `[B, M]`; samples of a group stand together.
+        score: `[B, M]`; samples of a group stand together.
         group_size: G of 2 or more, dividing B.
         std: `unbiased` divides by G - 1, `biased` by G; at G = 4 they differ by 15 %.
+        normalize: `group`: the spread of b's group at frame m; `global`: the root mean square of the groups' spreads,
+            one number for the batch, so that a group without spread does not blow up its noise.
         eps: added to the standard deviation, in units of reward.
+        valid: `[B, M]` bool, whole groups; the others have no part in the global spread. None: all are valid.
 
     Raises:
         ValueError: a group of one, a B that G does not divide, or an unknown convention.
     """
-    if group_size < 2 or reward.shape[0] % group_size:
-        raise ValueError(f"advantages need groups of 2 or more that divide {reward.shape[0]} samples, got {group_size}")
+    if group_size < 2 or score.shape[0] % group_size:
+        raise ValueError(f"advantages need groups of 2 or more that divide {score.shape[0]} samples, got {group_size}")
     if std not in STD:
         raise ValueError(f"unknown std convention {std!r}; choose one of {', '.join(STD)}")
-    grouped = reward.float().unflatten(0, (-1, group_size))
+    grouped = score.float().unflatten(0, (-1, group_size))
     # Measured from the first sample: the mean of equal numbers is rounded, and eps would blow up what is left.
     grouped = grouped - grouped[:, :1]
     centred = grouped - grouped.mean(dim=1, keepdim=True)
     spread = grouped.std(dim=1, keepdim=True, unbiased=std == "unbiased")
+    if normalize == "global":
+        kept = spread.new_ones(spread.shape) if valid is None else valid[::group_size, None].to(spread)
+        spread = ((spread.square() * kept).sum() / kept.sum().clamp(min=1)).sqrt()
     return (centred / (spread + eps)).flatten(0, 1)
 
 
-def without_history(reward: Tensor, valid: Tensor, group_size: int) -> Tensor:
-    """Take out of each frame's reward what the frame before it already decided: `R[b, m] - beta R[b, m - 1]`.
+def without_history(score: Tensor, reward: Tensor, valid: Tensor, group_size: int) -> Tensor:
+    """Take out of each frame's score what the frame before it already decided: `S[b, m] - beta R[b, m - 1]`.
 
     A reward that adds up mistakes, such as that of a drag, is mostly a matter of the history, and the action of frame m
     has no part in that. The previous frame's reward is known before the action, so this is a baseline: the
@@ -52,7 +76,8 @@ def without_history(reward: Tensor, valid: Tensor, group_size: int) -> Tensor:
     found on the batch it serves, which biases the gradient by the order of one over the number of samples.
 
     Args:
-        reward: `[B, M]`; samples of a group stand together.
+        score: `[B, M]`, see `credited`; samples of a group stand together.
+        reward: `[B, M]`, of each frame.
         valid: `[B, M]` bool, whole groups; the others have no part in beta.
         group_size: G, dividing B.
 
@@ -61,13 +86,45 @@ def without_history(reward: Tensor, valid: Tensor, group_size: int) -> Tensor:
     """
     import torch
 
-    grouped = reward.float().unflatten(0, (-1, group_size))
-    centred = (grouped - grouped.mean(dim=1, keepdim=True)).flatten(0, 1)
+    def centred(values: Tensor) -> Tensor:
+        grouped = values.float().unflatten(0, (-1, group_size))
+        return (grouped - grouped.mean(dim=1, keepdim=True)).flatten(0, 1)
+
     both = valid[:, 1:] & valid[:, :-1]
-    now, before = centred[:, 1:].where(both, 0), centred[:, :-1].where(both, 0)
+    now, before = centred(score)[:, 1:].where(both, 0), centred(reward)[:, :-1].where(both, 0)
     energy = before.square().sum()
     beta = torch.where(energy > 0, (now * before).sum() / energy, 0.0)
-    return torch.cat([reward[:, :1], reward[:, 1:] - beta * reward[:, :-1]], dim=1)
+    return torch.cat([score[:, :1], score[:, 1:] - beta * reward[:, :-1]], dim=1)
+
+
+def pair_roles(score: Tensor, group_size: int, pairs: int, margin: float) -> Tensor:
+    """Pair the best sample of a group with the worst, the second best with the second worst, and so on.
+
+    Args:
+        score: `[B, M]`; samples of a group stand together.
+        group_size: G, dividing B.
+        pairs: K, at most G / 2.
+        margin: pairs whose scores differ by no more than this are left out; equal scores are never a pair.
+
+    Returns:
+        `[B, M, K]`: 1 for the preferred sample of pair k, -1 for the other, 0 elsewhere.
+
+    Raises:
+        ValueError: the group has fewer than 2 K samples.
+    """
+    import torch
+
+    if 2 * pairs > group_size:
+        raise ValueError(f"algorithm.pairs={pairs} needs groups of {2 * pairs} or more, got {group_size}")
+    grouped = score.float().unflatten(0, (-1, group_size))
+    order = grouped.argsort(dim=1, stable=True)
+    low, high = order[:, :pairs], order.flip(1)[:, :pairs]
+    apart = (grouped.gather(1, high) - grouped.gather(1, low)) > margin
+    role = torch.zeros(*grouped.shape, pairs, device=score.device)
+    for k in range(pairs):
+        role[..., k].scatter_(1, high[:, k : k + 1], apart[:, k : k + 1].float())
+        role[..., k].scatter_(1, low[:, k : k + 1], -apart[:, k : k + 1].float())
+    return role.flatten(0, 1)
 
 
 def shuffle_in_groups(advantage: Tensor, group_size: int, seed: int) -> Tensor:

@@ -47,6 +47,7 @@ def gradient(session: Session, iteration: int) -> Tensor:
     session.iteration = iteration
     rollout = session.rollout()
     session.score(rollout, session.decode(rollout))
+    session.loss_module.begin(rollout)
     loss = session.loss_module(rollout)["loss_objective"]
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, session.parameters)])
 

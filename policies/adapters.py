@@ -115,11 +115,12 @@ class ReferencePolicy:
 
         from policies.actor import evaluate
 
-        with torch.no_grad(), self._frozen() as network:
+        with torch.no_grad(), self.network() as network:
             return evaluate(network, self._actor.transition, self._actor.causality, rollout)
 
     @contextmanager
-    def _frozen(self) -> Iterator[nn.Module]:
+    def network(self) -> Iterator[nn.Module]:
+        """The initial network, for as long as the context lasts."""
         if not self._shares:
             yield self._network
             return

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torch.nn import Parameter
     from torch.optim import Optimizer
 
 
@@ -38,17 +36,17 @@ class Plain:
         """Add the gradient of `loss` (a scalar) to the parameters."""
         loss.backward()  # type: ignore[no-untyped-call]
 
-    def step(self, optimizer: Optimizer, parameters: Sequence[Parameter], max_norm: float) -> float:
-        """Clip the gradient to an L2 norm of `max_norm`, update the weights, clear the gradient.
+    def step(self, optimizer: Optimizer, max_norm: float) -> float:
+        """Clip each parameter group's gradient to an L2 norm of `max_norm`, update the weights, clear the gradient.
 
         Returns:
-            The norm before clipping. Where it is not finite the weights and the optimizer's state stay as
-            they were.
+            The norm of the first group, the policy's, before clipping. Where the gradient of any group is not finite
+            the weights and the optimizer's state stay as they were, and that norm is returned.
         """
         from torch.nn.utils import clip_grad_norm_
 
-        norm = float(clip_grad_norm_(parameters, max_norm))
-        if math.isfinite(norm):
+        norms = [float(clip_grad_norm_(group["params"], max_norm)) for group in optimizer.param_groups]
+        if all(map(math.isfinite, norms)):
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return norm
+        return next((norm for norm in norms if not math.isfinite(norm)), norms[0])

@@ -32,21 +32,29 @@ def check(settings: Settings) -> None:
 def groups(settings: Settings) -> None:
     """Group-relative algorithms compare the samples of a group."""
     size = settings.rollout.group_size
-    relative = getattr(settings.algorithm, "group_relative", False)
+    relative, pairs = settings.algorithm.group_relative, getattr(settings.algorithm, "pairs", 1)
     require(
         size >= 2 or not relative,
         f"rollout.group_size={size}: {_name(settings.algorithm)} compares the samples of a group; use 2 or more",
+    )
+    require(
+        2 * pairs <= size or not relative,
+        f"algorithm.pairs={pairs} needs groups of {2 * pairs} or more; make rollout.group_size={size} larger",
     )
 
 
 def minibatches(settings: Settings) -> None:
     """Mini-batches cut the samples of an update into equal parts."""
-    parts = getattr(settings.algorithm, "minibatches", 1)
-    samples = settings.rollout.prompts * settings.rollout.group_size
+    parts, whole = settings.algorithm.minibatches, settings.algorithm.whole_groups
+    samples = settings.rollout.prompts * (1 if whole else settings.rollout.group_size)
+    what = (
+        "groups of an update (rollout.prompts)"
+        if whole
+        else "samples of an update (rollout.prompts x rollout.group_size)"
+    )
     require(
-        parts >= 1 and samples % parts == 0,
-        f"algorithm.minibatches={parts} does not divide the {samples} samples of an update "
-        f"(rollout.prompts x rollout.group_size); use {parts_of(samples)}",
+        samples % parts == 0,
+        f"algorithm.minibatches={parts} does not divide the {samples} {what}; use {parts_of(samples)}",
     )
 
 
@@ -61,10 +69,15 @@ def stochasticity(settings: Settings) -> None:
         "transition=ode has no stochastic steps for this schedule; choose schedule=none or transition=cps",
     )
     require(
-        random_steps or not getattr(settings.algorithm, "needs_log_prob", False),
+        random_steps or not settings.algorithm.needs_log_prob,
         f"schedule=none leaves {_name(settings.algorithm)} nothing to learn from: "
         f"it needs the log-probs of stochastic steps; "
         f"choose schedule=single",
+    )
+    require(
+        random_steps or not settings.algorithm.group_relative or not settings.rollout.share_initial_noise,
+        "schedule=none with rollout.share_initial_noise=true makes all samples of a group the same; "
+        "set rollout.share_initial_noise=false",
     )
     require(
         len(sigmas) >= 3 or not random_steps,

@@ -56,15 +56,19 @@ class Session:
         self._adapt(networks.transformer)
         self.actor = Actor(networks.transformer, settings.transition, causality)
         self.parameters = [p for p in networks.transformer.parameters() if p.requires_grad]
-        reference = ReferencePolicy(self.actor, settings.adaptation) if settings.algorithm.kl_weight > 0 else None
-        self.loss_module = settings.algorithm.loss_module(self.actor, reference)
+        algorithm = settings.algorithm
+        compares = algorithm.kl_weight > 0 or algorithm.needs_reference
+        reference = ReferencePolicy(self.actor, settings.adaptation) if compares else None
+        self.loss_module = algorithm.loss_module(self.actor, reference)
+        self.critic: nn.Module | None = getattr(self.loss_module, "critic", None)
         self.ema = EMA(networks.transformer, settings.optimizer.ema) if settings.optimizer.ema > 0 else None
         self.rewards = Composite(terms=settings.reward, **asdict(settings.scoring))
         self.rewards.prepare(RewardContext(self.device, settings.tracker, settings.model.folder))
         o = settings.optimizer
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=o.lr, betas=(o.betas[0], o.betas[1]), weight_decay=o.weight_decay
-        )
+        groups: list[dict[str, Any]] = [{"params": self.parameters, "initial_lr": o.lr}]
+        if self.critic is not None:
+            groups.append({"params": list(self.critic.parameters()), "initial_lr": algorithm.critic_lr})
+        self.optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=(o.betas[0], o.betas[1]), weight_decay=o.weight_decay)
         self.collector = RolloutCollector(self.actor, self._next_start)
         self.on_step: Callable[[int, int], None] = lambda frame, frames: None
         self.actor.register_forward_hook(
@@ -115,16 +119,17 @@ class Session:
         algorithm, engine = self.settings.algorithm, self.settings.engine
         rows: list[dict[str, float]] = []
         for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.optimizer.rate(self.iteration, self.settings.updates)
+            group["lr"] = group["initial_lr"] * self.settings.optimizer.share(self.iteration, self.settings.updates)
+        begun = self.loss_module.begin(rollout)
         for epoch in range(algorithm.epochs):
             for indices in self._minibatches(epoch):
                 if not rollout["mask"][indices].any():
                     continue  # a step without gradient would still move the weights: AdamW has momentum
                 losses = self.loss_module(rollout[indices])
-                if not rows:
+                if not rows and "log_prob_gap" in losses:
                     self._check_gap(float(losses["log_prob_gap"]))
                 engine.backward(sum(v for k, v in losses.items() if k.startswith("loss_")))
-                norm = engine.step(self.optimizer, self.parameters, self.settings.optimizer.grad_clip)
+                norm = engine.step(self.optimizer, self.settings.optimizer.grad_clip)
                 rows.append({**{k: float(v.detach()) for k, v in losses.items()}, "grad_norm": norm})
         if self.ema is not None:
             self.ema.update()
@@ -133,7 +138,7 @@ class Session:
             return {}
         means = {k: sum(row[k] for row in rows) / len(rows) for k in rows[0]}
         # After the first mini-batch the weights have moved: only the first gap is rounding.
-        return {**means, "log_prob_gap": rows[0]["log_prob_gap"]}
+        return {**begun, **means, **{k: v for k, v in rows[0].items() if k == "log_prob_gap"}}
 
     def evaluate(self) -> tuple[dict[str, float], list[Sample]]:
         """Measure the policy (its averaged weights where there are some) on the held-out clips."""
@@ -155,6 +160,8 @@ class Session:
         }
         if self.ema is not None:
             tensors["ema"] = self.ema.state_dict()
+        if self.critic is not None:
+            tensors["critic"] = self.critic.state_dict()
         snapshot = checkpoint.Snapshot(self.iteration, self.config, tensors)
         return checkpoint.save(self.run_dir, snapshot, self.settings.saving.keep)
 
@@ -178,11 +185,13 @@ class Session:
         return state
 
     def _minibatches(self, epoch: int) -> list[Tensor]:
-        count = self.settings.rollout.prompts * self.settings.rollout.group_size
-        rng = generator(Stream.TRAINING, self.settings.seed, self.iteration, 2, epoch)
-        parts = self.settings.algorithm.minibatches
-        order = torch.arange(count) if parts == 1 else torch.from_numpy(rng.permutation(count))
-        return list(order.to(self.device).chunk(parts))
+        r, algorithm = self.settings.rollout, self.settings.algorithm
+        size = r.group_size if algorithm.whole_groups else 1
+        blocks = torch.arange(r.prompts * r.group_size).view(-1, size)
+        if algorithm.minibatches > 1:
+            rng = generator(Stream.TRAINING, self.settings.seed, self.iteration, 2, epoch)
+            blocks = blocks[torch.from_numpy(rng.permutation(len(blocks)))]
+        return [part.flatten().to(self.device) for part in blocks.chunk(algorithm.minibatches)]
 
     def _check_gap(self, gap: float) -> None:
         if not gap <= LARGEST_GAP:
@@ -221,6 +230,8 @@ class Session:
         checkpoint.restore_optimizer(self.optimizer, snapshot.tensors["optimizer"])
         if self.ema is not None:
             self.ema.load_state_dict(snapshot.tensors["ema"])
+        if self.critic is not None:
+            self.critic.load_state_dict(snapshot.tensors["critic"])
         self.iteration = snapshot.step
 
 

@@ -107,10 +107,10 @@ class Optimizer:
         require(0 <= self.decay <= 1, f"optimizer.decay must be in [0, 1], got {self.decay}")
         require(0 <= self.ema < 1, f"optimizer.ema must be in [0, 1), got {self.ema}")
 
-    def rate(self, iteration: int, updates: int) -> float:
-        """Learning rate of an iteration of a run of `updates`: `lr` times the share of the decay that is left."""
+    def share(self, iteration: int, updates: int) -> float:
+        """Learning rate of an iteration of a run of `updates`, as a share of the first."""
         left = (updates - iteration) / (self.decay * updates) if self.decay else 1.0
-        return self.lr * min(1.0, left)
+        return min(1.0, left)
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from algorithms.grpo import GRPO
-from algorithms.grpo_loss import GRPOLoss
 from algorithms.losses import masked_mean, step_weights
+from algorithms.policy_loss import PolicyLoss
 from envs.rollout import RolloutCollector
 from envs.schedules import All, Schedule, Single
 from envs.toy import ToySource
@@ -22,6 +22,7 @@ from policies.actor import Actor
 from policies.adapters import Adaptation, ReferencePolicy
 from policies.causal_dit import CausalWanTransformer3DModel
 from policies.causality import Causality
+from tests.toy_training import trained
 
 PROMPTS, GROUP = 2, 4
 
@@ -53,7 +54,7 @@ def scored_rollout(actor: Any, settings: GRPO, schedule: Schedule | None = None,
     return rollout
 
 
-def setting(settings: GRPO) -> tuple[Actor, GRPOLoss]:
+def setting(settings: GRPO) -> tuple[Actor, PolicyLoss]:
     actor = Actor(network(), CPS(), Causality())
     return actor, settings.loss_module(actor, ReferencePolicy(actor, Adaptation()))
 
@@ -146,7 +147,7 @@ def test_kl_grows_with_a_step_and_pulls_back() -> None:
 
 
 def test_clip_range_means_the_same_at_every_latent_size() -> None:
-    settings = GRPO(clip=0.32)
+    settings = GRPO(clip=0.32, step_rescaling=False)
     size = 32
     new = torch.full((1, 1, 1), math.log1p(2 * settings.clip / math.sqrt(size)))
     batch = {
@@ -155,15 +156,15 @@ def test_clip_range_means_the_same_at_every_latent_size() -> None:
         "mask": torch.ones(1, 1, 1, dtype=torch.bool),
         "latents": torch.zeros(1, 1, 2, 2, 4, 4),
     }
-    objective, divergence, metrics = settings.loss(TensorDict({"log_prob": new}), TensorDict(batch), None, None)
-    assert float(objective) == pytest.approx(-(1 + 0.32 / math.sqrt(size)), abs=1e-6)
-    assert float(divergence) == 0 and float(metrics["clip_fraction"]) == 1
+    losses, metrics = settings.loss(TensorDict({"log_prob": new}), TensorDict(batch), CPS(), None)
+    assert float(losses["objective"]) == pytest.approx(-(1 + 0.32 / math.sqrt(size)), abs=1e-6)
+    assert float(losses["kl"]) == 0 and float(metrics["clip_fraction"]) == 1
 
 
 def test_step_rescaling_weights_the_loss_not_the_ratio() -> None:
     actor, module = setting(GRPO())
     rollout = scored_rollout(actor, GRPO())
-    even, plain = module(rollout), GRPOLoss(GRPO(step_rescaling=False), actor, None)(rollout)
+    even, plain = module(rollout), PolicyLoss(GRPO(step_rescaling=False), actor, None)(rollout)
     sigma = rollout["sigma"]
     weight = step_weights(gradient_scale(CPS(), sigma[..., :-1], sigma[..., 1:]), sigma[..., 1:] > 0)
     expected = -masked_mean(rollout["advantage"][..., None] * weight, rollout["mask"])
@@ -241,48 +242,6 @@ def test_epochs_and_minibatches_improve_the_surrogate() -> None:
 def test_bad_settings_are_refused(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"^algorithm\.{name} must be [^\n]+$"):
         replace(GRPO(), **{name: value})
-
-
-class LinearNetwork(nn.Module):
-    """A network of two numbers: its clean frame is `mix x + gain condition` (the toy's best: 0 and 1)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weights = nn.Parameter(torch.tensor([0.3, 0.4]))
-
-    def forward(self, *args: Any, mode: str, commit: int = 0, **_: Any) -> Tensor:
-        if mode == "parallel":
-            _, frames, sigma, _ = args
-        else:
-            frames, sigma, _, cache = args
-            cache.end += commit
-        x, condition = frames.chunk(2, 2)
-        clean = self.weights[0] * x + self.weights[1] * condition
-        level = sigma[..., None, None, None]
-        return torch.where(level > 0, (x - clean) / level.clamp(min=1e-3), 0.0)
-
-
-def trained(settings: GRPO, seed: int, updates: int = 60) -> tuple[float, float]:
-    """Mean toy reward of the first and of the last three iterations."""
-    actor = Actor(LinearNetwork(), CPS(), Causality())
-    module = settings.loss_module(actor, None)
-    # Plain gradient descent: Adam would turn the noise of the control into full steps.
-    optimizer = torch.optim.SGD(actor.parameters(), lr=0.5)
-    source = ToySource(prompts=4, group=8, value=seed)
-    collector = RolloutCollector(actor, source, source.score)
-    rewards = []
-    for _ in range(updates):
-        rollout = collector.collect()
-        rollout["valid"] = torch.ones_like(rollout["reward"], dtype=torch.bool)
-        rewards.append(float(rollout["reward"].mean()))
-        settings.prepare(rollout, source.group)
-        losses = module(rollout)
-        assert float(losses["log_prob_gap"]) <= 1e-5
-        optimizer.zero_grad()
-        total(losses).backward()
-        optimizer.step()
-    collector.close()
-    return sum(rewards[:3]) / 3, sum(rewards[-3:]) / 3
 
 
 @pytest.mark.parametrize("seed", [0, 1])

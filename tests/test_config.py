@@ -330,10 +330,10 @@ def test_identity_ignores_where_and_how_long_but_nothing_else() -> None:
 
 def test_learning_rate_falls_to_zero_after_the_last_update_and_that_is_part_of_a_run() -> None:
     settings = checked("optimizer.lr=1e-3", "optimizer.decay=0.5", "updates=4").settings
-    rates = [settings.optimizer.rate(i, settings.updates) for i in range(5)]
-    assert rates == pytest.approx([1e-3, 1e-3, 1e-3, 5e-4, 0])
-    assert [replace_decay(0.0).rate(i, 4) for i in range(4)] == [1e-3] * 4
-    assert replace_decay(1.0).rate(1, 4) == pytest.approx(7.5e-4)
+    rates = [settings.optimizer.share(i, settings.updates) for i in range(5)]
+    assert rates == pytest.approx([1, 1, 1, 0.5, 0])
+    assert [replace_decay(0.0).share(i, 4) for i in range(4)] == [1.0] * 4
+    assert replace_decay(1.0).share(1, 4) == pytest.approx(0.75)
     one, longer = (checked("optimizer.decay=0.5", f"updates={n}").config for n in (4, 5))
     assert differences(identity(one), identity(longer)) == ["updates: 4 -> 5"]
 

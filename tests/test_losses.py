@@ -50,13 +50,13 @@ def test_history_is_taken_out_by_hand() -> None:
     reward = torch.tensor([[0.0, 1.0], [2.0, 5.0], [10.0, 3.0], [14.0, 5.0]])
     # Deviations before: -1, 1 | -2, 2; now: -2, 2 | -1, 1. beta = (2 + 2 + 2 + 2) / (1 + 1 + 4 + 4).
     whole = torch.ones(4, 2, dtype=torch.bool)
-    torch.testing.assert_close(without_history(reward, whole, 2)[:, 1], reward[:, 1] - 0.8 * reward[:, 0])
-    assert torch.equal(without_history(reward, whole, 2)[:, 0], reward[:, 0])
+    torch.testing.assert_close(without_history(reward, reward, whole, 2)[:, 1], reward[:, 1] - 0.8 * reward[:, 0])
+    assert torch.equal(without_history(reward, reward, whole, 2)[:, 0], reward[:, 0])
     # The second group does not count: beta is that of the first, 4 / 2.
     some = whole & (torch.arange(4) < 2)[:, None]
-    torch.testing.assert_close(without_history(reward, some, 2)[:, 1], reward[:, 1] - 2 * reward[:, 0])
+    torch.testing.assert_close(without_history(reward, reward, some, 2)[:, 1], reward[:, 1] - 2 * reward[:, 0])
     flat = torch.ones(4, 3)
-    assert torch.equal(without_history(flat, torch.ones(4, 3, dtype=torch.bool), 2), flat)
+    assert torch.equal(without_history(flat, flat, torch.ones(4, 3, dtype=torch.bool), 2), flat)
 
 
 def test_history_baseline_keeps_the_policy_gradient_and_lowers_its_noise() -> None:
@@ -64,7 +64,7 @@ def test_history_baseline_keeps_the_policy_gradient_and_lowers_its_noise() -> No
     actions = torch.randn(4096, 8, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     reward = actions.cumsum(-1).flatten(0, 1)
     valid = torch.ones_like(reward, dtype=torch.bool)
-    plain, residual = reward, without_history(reward, valid, 8).double()
+    plain, residual = reward, without_history(reward, reward, valid, 8).double()
     score = actions.flatten(0, 1)  # d log N(a; mu, 1) / d mu
     estimates = [(score * r)[:, -1].unflatten(0, (-1, 8)).mean(1) for r in (plain, residual)]
     for estimate in estimates:
@@ -112,7 +112,7 @@ def test_clipped_surrogate_by_hand() -> None:
     advantage = torch.tensor([1.0, -1.0, 1.0, -1.0])[:, None]
     mask = torch.ones(4, 1, 1, dtype=torch.bool)
     new = ratio.log().requires_grad_()
-    loss, metrics = clipped_surrogate(new, torch.zeros_like(new), advantage, mask, 0.1, 5.0)
+    loss, metrics = clipped_surrogate(new, advantage[..., None], mask, 0.1, 5.0)
     # min(rA, clip(r)A) = 1.1, -1.2, 0.8, -0.9: clipping is one-sided, a pessimistic bound.
     assert loss.item() == pytest.approx(-(1.1 - 1.2 + 0.8 - 0.9) / 4, abs=1e-6)
     (gradient,) = torch.autograd.grad(loss, new)
@@ -127,7 +127,7 @@ def test_clipped_surrogate_by_hand() -> None:
 def test_log_ratio_is_clamped() -> None:
     new = torch.tensor([100.0, -100.0])[:, None, None].requires_grad_()
     mask = torch.ones(2, 1, 1, dtype=torch.bool)
-    loss, _ = clipped_surrogate(new, torch.zeros_like(new), torch.tensor([[-1.0], [1.0]]), mask, 0.1, 2.0)
+    loss, _ = clipped_surrogate(new, torch.tensor([-1.0, 1.0])[:, None, None], mask, 0.1, 2.0)
     assert loss.item() == pytest.approx((math.exp(2) - math.exp(-2)) / 2, rel=1e-5)
     assert torch.autograd.grad(loss, new)[0].abs().max() == 0
 
@@ -139,7 +139,7 @@ def test_masked_steps_enter_neither_gradient_nor_metrics() -> None:
     old, advantage = torch.randn(shape, generator=draw), torch.randn(4, 3, generator=draw)
     step = 0.2 * torch.randn(shape, generator=draw)
     new = (old + step).requires_grad_()
-    loss, metrics = clipped_surrogate(new, old, advantage, mask, 0.1, 5.0)
+    loss, metrics = clipped_surrogate(new - old, advantage[..., None], mask, 0.1, 5.0)
     (gradient,) = torch.autograd.grad(loss, new)
     assert torch.equal(gradient[~mask], torch.zeros_like(gradient[~mask])) and gradient[mask].abs().max() > 0
     # What stands at masked places does not matter, not even infinities and NaN of dead rewards.
@@ -147,18 +147,18 @@ def test_masked_steps_enter_neither_gradient_nor_metrics() -> None:
     dead[0] = False
     spoilt = torch.where(dead, new.detach(), math.inf).requires_grad_()
     poisoned = torch.where(torch.arange(4)[:, None] == 0, math.nan, advantage)
-    loss2, metrics2 = clipped_surrogate(spoilt, old, poisoned, dead, 0.1, 5.0)
+    loss2, metrics2 = clipped_surrogate(spoilt - old, poisoned[..., None], dead, 0.1, 5.0)
     (gradient2,) = torch.autograd.grad(loss2, spoilt)
     kept = [t[dead].flatten()[:, None, None] for t in (new.detach(), old, advantage[..., None].expand(shape))]
     everything = torch.ones_like(kept[0], dtype=torch.bool)
-    expected, expected_metrics = clipped_surrogate(kept[0], kept[1], kept[2][..., 0], everything, 0.1, 5.0)
+    expected, expected_metrics = clipped_surrogate(kept[0] - kept[1], kept[2], everything, 0.1, 5.0)
     torch.testing.assert_close(loss2.detach(), expected)
     assert gradient2.isfinite().all() and gradient2[~dead].abs().max() == 0
     for name, value in expected_metrics.items():
         torch.testing.assert_close(metrics2[name], value)
     assert metrics["clip_fraction"] > 0
     none = torch.zeros_like(mask)
-    empty, _ = clipped_surrogate(new, old, advantage, none, 0.1, 5.0)
+    empty, _ = clipped_surrogate(new - old, advantage[..., None], none, 0.1, 5.0)
     assert empty.item() == 0 and torch.autograd.grad(empty, new)[0].abs().max() == 0
 
 
@@ -234,7 +234,7 @@ def test_equals_clip_ppo_of_torchrl() -> None:
 
     new = log_prob(action, net(state), std)
     everything = torch.ones(count, 1, 1, dtype=torch.bool)
-    ours, metrics = clipped_surrogate(new[:, None, None], old[:, None, None], advantage[:, None], everything, clip, 5.0)
+    ours, metrics = clipped_surrogate((new - old)[:, None, None], advantage[:, None, None], everything, clip, 5.0)
     for side in (new - old > math.log1p(clip), new - old < math.log1p(-clip)):
         assert (side & (advantage > 0)).any() and (side & (advantage < 0)).any()
     assert 0 < float(metrics["clip_fraction"]) < 1

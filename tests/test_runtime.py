@@ -196,8 +196,8 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing() -> None:
     optimizer = torch.optim.AdamW([weight], lr=0.1)
     engine = Plain()
     engine.backward((weight * torch.tensor([1.0, float("nan"), 1.0])).sum())
-    assert not torch.isfinite(torch.tensor(engine.step(optimizer, [weight], 1.0)))
+    assert not torch.isfinite(torch.tensor(engine.step(optimizer, 1.0)))
     assert weight.tolist() == [1, 1, 1] and not optimizer.state and weight.grad is None
     engine.backward((weight * torch.tensor([3.0, 4.0, 0.0])).sum())
-    assert engine.step(optimizer, [weight], 1.0) == pytest.approx(5.0)
+    assert engine.step(optimizer, 1.0) == pytest.approx(5.0)
     assert weight[0] < 1

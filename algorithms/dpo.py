@@ -1,0 +1,90 @@
+"""Online DPO on denoising steps (Diffusion-DPO arXiv 2311.12908, D3PO arXiv 2311.13231)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from algorithms.base import Compared, kl_loss, positive
+
+if TYPE_CHECKING:
+    from tensordict import TensorDictBase
+
+    from algorithms.policy_loss import Terms
+    from envs.transitions import Transition
+    from policies.actor import Actor
+    from policies.adapters import ReferencePolicy
+
+
+@dataclass(frozen=True)
+class DPO(Compared):
+    """Direct preference optimisation: the best and the worst samples of a group are the preferred and the other.
+
+    Attributes:
+        kl_weight: factor of a KL to the initial policy beside the one that the objective implies.
+        beta: how far the policy may leave the initial one: scale of the log-prob margin inside the sigmoid. Log-probs
+            are means over D latent values, so this is the beta of the papers times D.
+        pairs: pairs of a group and frame: best and worst, second best and second worst, ...
+        margin: pairs whose scores differ by less are left out, in units of reward.
+    """
+
+    needs_log_prob: ClassVar[bool] = True
+    needs_reference: ClassVar[bool] = True
+    whole_groups: ClassVar[bool] = True
+
+    kl_weight: float = 0.0
+    beta: float = 50.0
+    pairs: int = 2
+    margin: float = 0.05
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(self, "beta")
+        if self.pairs < 1:
+            raise ValueError(f"algorithm.pairs must be at least 1, got {self.pairs}")
+        if not 0 <= self.margin < math.inf:
+            raise ValueError(f"algorithm.margin must be 0 or more and finite, got {self.margin}")
+
+    def prepare(self, rollout: TensorDictBase, group_size: int) -> dict[str, float]:
+        """Add `role [B, M, K]` (1: preferred in pair k, -1: the other, 0: not in it), `group_size [B]` and `mask` (the
+        stochastic steps of frames in a pair) to a scored rollout.
+
+        Raises:
+            ValueError: a group has fewer samples than the pairs need.
+        """
+        import torch
+
+        from algorithms.advantages import pair_roles
+
+        score, valid, metrics = self.scores(rollout, group_size)
+        role = pair_roles(score, group_size, self.pairs, self.margin) * valid[..., None]
+        rollout["role"] = role
+        rollout["group_size"] = torch.full((len(role),), group_size, device=role.device)
+        rollout["mask"] = rollout["stochastic"] & role.ne(0).any(-1, keepdim=True)
+        return {**metrics, "pairs": float(role.clamp(min=0).sum())}
+
+    def loss_module(self, actor: Actor, reference: ReferencePolicy | None) -> Any:
+        """The TorchRL `LossModule` of this algorithm."""
+        from algorithms.policy_loss import PolicyLoss
+
+        return PolicyLoss(self, actor, reference)
+
+    def loss(
+        self, scores: TensorDictBase, batch: TensorDictBase, transition: Transition, initial: TensorDictBase | None
+    ) -> Terms:
+        """Pure loss of a mini-batch of whole groups; see `GRPO.loss`. `initial`, with its `log_prob`, must be there.
+
+        With `credit=clip` the steps of all frames of a clip are one decision, otherwise each frame is one.
+        """
+        from algorithms.losses import preference_loss
+
+        assert initial is not None
+        gain = ((scores["log_prob"] - initial["log_prob"]) * batch["stochastic"]).sum(-1)
+        if self.credit == "clip":
+            gain = gain.sum(1, keepdim=True).expand_as(gain)
+        role = batch["role"].unflatten(0, (-1, int(batch["group_size"][0])))
+        difference = (role * gain.unflatten(0, role.shape[:2])[..., None]).sum(1)
+        objective, metrics = preference_loss(self.beta * difference, role.ne(0).any(1))
+        penalty, kl = kl_loss(self.kl_weight, scores, initial, batch["mask"])
+        return {"objective": objective, "kl": penalty}, {**metrics, "kl": kl}

@@ -1,0 +1,85 @@
+"""The TorchRL face of PPO, and its advantage estimate."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+from torchrl.objectives.value.functional import generalized_advantage_estimate
+
+from algorithms.critics import build_critic
+from algorithms.policy_loss import PolicyLoss
+
+if TYPE_CHECKING:
+    from algorithms.ppo import PPO
+    from policies.actor import Actor
+    from policies.adapters import ReferencePolicy
+
+
+def chain_advantage(reward: Tensor, value: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimate over the chain of M x N decisions (arXiv 1506.02438), by TorchRL.
+
+    Args:
+        reward: of each finished frame, `[B, M]`; it comes with the frame's last step.
+        value: of the state before each decision, `[B, M, N]`; after the last it is 0.
+        gamma, lam: discount and lambda, per decision.
+
+    Returns:
+        Advantages and value targets, both `[B, M, N]`.
+    """
+    paid = torch.zeros_like(value)
+    paid[..., -1] = reward
+    paid, before = (x.flatten(1)[..., None] for x in (paid, value))
+    after = torch.cat([before[:, 1:], torch.zeros_like(before[:, :1])], 1)
+    done = torch.zeros_like(before, dtype=torch.bool)
+    done[:, -1] = True
+    advantage, target = generalized_advantage_estimate(gamma, lam, before, after, paid, done, done)
+    return advantage.view_as(value), target.view_as(value)
+
+
+def normalized(advantage: Tensor, mask: Tensor, eps: float) -> Tensor:
+    """Bring the entries of `mask` to mean 0 and standard deviation 1, less what `eps` adds to it; the others are 0."""
+    chosen = advantage[mask]
+    if chosen.numel() < 2:
+        return torch.zeros_like(advantage)
+    chosen = chosen - chosen[0]  # the mean of equal numbers is rounded
+    shifted = torch.where(mask, advantage - advantage[mask][0], 0.0)
+    return torch.where(mask, (shifted - chosen.mean()) / (chosen.std() + eps), 0.0)
+
+
+class PPOLoss(PolicyLoss):
+    """`PolicyLoss` with a critic, which is `critic` and learns beside the policy.
+
+    The critic reads what was observed under the weights that acted; no gradient of it reaches the policy.
+    """
+
+    def __init__(self, settings: PPO, actor: Actor, reference: ReferencePolicy | None) -> None:
+        super().__init__(settings, actor, reference)
+        self.critic = build_critic(settings.critic, settings.critic_width, actor)
+
+    @torch.no_grad()
+    def begin(self, rollout: TensorDictBase) -> dict[str, float]:
+        """Add `observation`, `advantage` and `value_target`, all `[B, M, N, ...]`; return how well values fit."""
+        observation = self.critic.observe(rollout)
+        value = self.critic(observation)
+        advantage, target = chain_advantage(rollout["reward"], value, self.settings.gamma, self.settings.lam)
+        whole = rollout["valid"].all(1)
+        mask = rollout["mask"]
+        rollout["observation"], rollout["value_target"] = observation, target
+        eps = self.settings.advantage_eps
+        rollout["advantage"] = normalized(advantage, mask, eps) if self.settings.normalize else advantage
+        errors, spread = (target - value)[whole], target[whole]
+        return {
+            "value": float(value[whole].mean()),
+            "explained_variance": float(1 - errors.var() / spread.var().clamp(min=1e-12)),
+        }
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDict:
+        """As `PolicyLoss.forward`, with `loss_critic`: half the mean squared error of the values."""
+        losses = super().forward(tensordict)
+        error = self.critic(tensordict["observation"]) - tensordict["value_target"]
+        whole = tensordict["valid"].all(1)[:, None, None].expand_as(error)
+        losses["loss_critic"] = 0.5 * error[whole].square().sum() / whole.sum().clamp(min=1)
+        return losses
