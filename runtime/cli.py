@@ -18,11 +18,14 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
+from hydra.plugins.sweeper import Sweeper
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
@@ -75,8 +78,9 @@ def main(config_name: str, run: Callable[[Plan], None], prepare: Prepare = lambd
         sys.exit(outcome.guard(lambda: print(explain(config_name, overrides, options.config_dir))))
     job = _Job(config_name, run, outcome, prepare)
     compose_and_run = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job.task)
-    with _raw_errors():
-        code = outcome.guard(compose_and_run, known=lambda: known_keys(config_name, options.config_dir))
+    known = partial(known_keys, config_name, options.config_dir)
+    with _raw_errors(), _sweeps_that_go_on(outcome, known):
+        code = outcome.guard(compose_and_run, known)
     if outcome.cells > 1 and outcome.codes:
         print(
             f"error: {len(outcome.codes)} of {outcome.cells} runs of the sweep were refused or failed",
@@ -166,6 +170,27 @@ def _arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--config-dir", "-cd")
     options, rest = parser.parse_known_args()
     return options, [text for text in rest if not text.startswith("-")]
+
+
+@contextmanager
+def _sweeps_that_go_on(outcome: _Outcome, known: Callable[[], list[str]]) -> Iterator[None]:
+    """Leave cells that cannot be composed out of a sweep, each with its line; Hydra would refuse the whole sweep."""
+
+    def check(sweeper: Any, batch: list[Sequence[str]]) -> None:
+        for overrides in list(batch):
+            try:
+                sweeper.hydra_context.config_loader.load_sweep_config(sweeper.config, list(overrides))
+            except HydraException as error:
+                code = outcome.report(f"{' '.join(overrides)}: {_readable(error, known)}", REFUSED)
+                outcome.cells, outcome.codes = outcome.cells + 1, [*outcome.codes, code]
+                batch.remove(overrides)
+
+    before = Sweeper.validate_batch_is_legal
+    Sweeper.validate_batch_is_legal = check
+    try:
+        yield
+    finally:
+        Sweeper.validate_batch_is_legal = before
 
 
 @contextmanager

@@ -121,6 +121,16 @@ def test_a_sweep_reports_what_is_refused_and_goes_on(command: Run) -> None:
     assert err.count("seed must lie in") == 2 and "2 of 6 runs" in err
 
 
+def test_a_sweep_goes_on_where_a_cell_cannot_be_composed(command: Run) -> None:
+    code, out, err = command("-m", "seed=1,2", "schedule=single,nosuch,all", "reward=motion,motin")
+    assert code == 2 and [line.split()[-1] for line in out.splitlines()] == ["1", "1", "2", "2"]
+    assert err.count("schedule=nosuch does not exist; choose one of all, first") == 4
+    assert err.count("reward=motin does not exist") == 4 and "8 of 12 runs" in err
+    assert all(line.startswith("error: ") for line in err.splitlines())
+    code, out, err = command("-m", "seed=1,2", "nosuch.key=1,2")
+    assert code == 2 and not out and "nosuch.key does not exist" in err
+
+
 def test_the_clock_of_a_run_starts_with_the_process_and_in_a_sweep_with_its_cell(command: Run) -> None:
     found: list[float] = []
 
