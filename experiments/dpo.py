@@ -1,7 +1,76 @@
-"""`python experiments/dpo.py algorithm.credit=clip`: the loop of `train.py` with online DPO."""
+"""DPO. Online, with pairs from each group: `python experiments/dpo.py algorithm.credit=clip` (the loop of `train.py`).
 
-from experiments.train import run
-from runtime.cli import main
+Offline, from a file of preference pairs: `python experiments/dpo.py stage=pairs stage.file=pairs.csv updates=200`;
+the result is `<run_dir>/transformer`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from experiments import train
+from runtime.cli import main, setup_phase
+from runtime.config import Plan
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from algorithms.preferences import EncodedPairs
+    from policies.causal_dit import CausalWanTransformer3DModel
+    from runtime.session import Session
+
+
+def run(plan: Plan) -> None:
+    """Learn online, or from pairs where `plan.settings.stage` says so."""
+    if plan.settings.stage is None:
+        train.run(plan)
+        return
+    from runtime.session import Session
+    from runtime.supervised import conclude
+
+    with setup_phase():
+        session = Session(plan.settings, plan.config)
+        pairs = encode(session)
+    conclude(session, lambda work: learn(session, pairs, work))
+
+
+def encode(session: Session) -> EncodedPairs:
+    """Read and encode the pairs, at the world's first frame size.
+
+    Raises:
+        FileNotFoundError, ValueError: see `data.pairs`.
+    """
+    from pathlib import Path
+
+    from algorithms.preferences import EncodedPairs
+    from data.draws import Stream, seed_of
+    from data.pairs import load_pairs, read_pairs
+    from runtime.rules import pixel_frames
+
+    settings, networks = session.settings, session.episodes.networks
+    stage = settings.stage
+    found = read_pairs(Path(stage.file).expanduser(), stage.criterion)
+    clips = load_pairs(found, settings.world.buckets[0], pixel_frames(settings.rollout.frames), stage.fps)
+    # Both clips of a pair have the same noise in place of the reference.
+    keys = 2 * [(seed_of(Stream.TRAINING, settings.seed, 21), 0, n) for n in range(len(found))]
+    shape = (2, len(found))
+    return EncodedPairs(
+        networks.video.encode(clips.video.to(session.device)).unflatten(0, shape),
+        networks.condition(clips, keys, session.device).unflatten(0, shape),
+        networks.text.encode(clips.prompts[: len(found)]),
+    )
+
+
+def learn(session: Session, pairs: EncodedPairs, work: Path) -> CausalWanTransformer3DModel:
+    """Train the session's transformer; returns it."""
+    from algorithms.preferences import learn_preferences
+
+    settings, rule = session.settings, session.actor.causality
+    sigmas, network = list(settings.rollout.sigmas), session.episodes.networks.transformer
+    return learn_preferences(
+        settings.stage, network, pairs, rule, sigmas, settings.updates, settings.seed, print, work / "state.pt"
+    )
+
 
 if __name__ == "__main__":
     main("dpo", run)
