@@ -52,7 +52,8 @@ def encode(session: Session) -> EncodedPairs:
     found = read_pairs(Path(stage.file).expanduser(), stage.criterion)
     clips = load_pairs(found, settings.world.buckets[0], pixel_frames(settings.rollout.frames), stage.fps)
     # Both clips of a pair have the same noise in place of the reference.
-    keys = 2 * [(seed_of(Stream.TRAINING, settings.seed, 21), 0, n) for n in range(len(found))]
+    seed = seed_of(Stream.TRAINING, settings.seed, 21)
+    keys: list[tuple[int, ...]] = [(seed, 0, n) for _ in range(2) for n in range(len(found))]
     shape = (2, len(found))
     return EncodedPairs(
         networks.video.encode(clips.video.to(session.device)).unflatten(0, shape),

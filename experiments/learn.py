@@ -1,9 +1,9 @@
 """The learning result of the README: `python experiments/learn.py` (`make learn`).
 
 Cells, each a run of its own in `outputs/learn/<arm>_<seed>`: GRPO, the same updates with shuffled advantages, and
-continued distillation (the student's last stage, from the student on), for every seed; and, as they are, the student,
-the teacher it was distilled from, and the teacher that saw exact tracks alone, both many-step. All are measured on the
-same held-out clips and noise, with the last weights, by a tracker and a vision tower that took no part in the reward.
+continued supervised training (the student's last stage goes on), for every seed; and, as they are, the student, the
+same before it was adapted to a weak tracker's tracks ("exact"), and the many-step teacher. All are measured on the same
+held-out clips and noise, with the last weights, by a tracker and a vision tower that took no part in the reward.
 Interrupt it at will: a finished cell is not run again as long as its command and the weights it starts from are the
 same, and an unfinished one goes on from its last checkpoint. The result is `docs/results/learn.jsonl` (one line per
 cell) and `docs/results/learn.md` (the table).
@@ -28,17 +28,19 @@ from runtime.cells import (
     weights_of,
 )
 
-# Continued distillation, with updates that take about as long as the default number of GRPO's; the table gives seconds.
-# Half of the clips are new to the student.
-DISTILLATION = (
-    "stage.teacher=weak_teacher",
+# The last stage of algorithms/pretraining/chain.py, with steps that take about as long as the default number of GRPO
+# updates (the table gives seconds). Most of the clips are new to the student.
+SUPERVISED = (
     "stage.from_teacher=false",
-    "stage.teacher_forcing.steps=0",
+    "stage.eta=0",
     "stage.track_noise=4",
-    "stage.pool=1024",
-    "updates=140",
+    "stage.teacher_forcing.steps=0",
+    "stage.own_history.steps=750",
+    "stage.own_history.lr=2e-3",
+    "stage.own_history.ema=0.995",
+    "stage.match=false",
 )
-ARMS = ("student", "weak_teacher", "teacher", "grpo", "shuffled", "distillation")
+ARMS = ("student", "exact", "teacher", "grpo", "shuffled", "supervised")
 METRICS = {
     "motion_error_px": "motion error, px",
     "aesthetic": "aesthetic",
@@ -51,13 +53,16 @@ def cells(seeds: int, updates: int, clips: int) -> list[Cell]:
     """All cells of the table."""
     shared = (f"evaluation.clips={clips}", "evaluation.every=0", "logger=local")
     rl = (*shared, f"updates={updates}", "saving.every=10", "resume=true")
-    found = [Cell("student", 0, "evaluate.py", shared)]
-    found += [Cell(m, 0, "evaluate.py", (*shared, *many_steps(m))) for m in ("weak_teacher", "teacher")]
+    found = [
+        Cell("student", 0, "evaluate.py", shared),
+        Cell("exact", 0, "evaluate.py", (*shared, "model.transformer=few_step")),
+        Cell("teacher", 0, "evaluate.py", (*shared, *many_steps("teacher"))),
+    ]
     for seed in range(seeds):
         found += [
             Cell("grpo", seed, "grpo.py", (*rl, f"seed={seed}")),
             Cell("shuffled", seed, "grpo.py", (*rl, f"seed={seed}", "algorithm.shuffle_advantages=true")),
-            Cell("distillation", seed, "distill.py", (*shared, *DISTILLATION, f"seed={seed}", "resume=true")),
+            Cell("supervised", seed, "distill.py", (*shared, *SUPERVISED, f"seed={seed + 2}", "resume=true")),
         ]
     return sorted(found, key=lambda c: (ARMS.index(c.arm), c.seed))
 

@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,12 +79,31 @@ def many_steps(model: str, frames: int = FRAMES) -> tuple[str, ...]:
     return (sigmas, f"model.transformer={model}", *longer, f"rollout.chunk={frames}")
 
 
-def run_all(cells: Sequence[Cell], out: Path, weights: str, jobs: int) -> list[Row]:
-    """Run what is missing, `jobs` cells at a time on one CPU thread each; results in the order of `cells`."""
+def evaluated(folder: Path) -> Row:
+    """What a run left that measures models: `before`, `after`, `truth`, error by frame, extractor, seconds."""
+    found = json.loads((folder / "evaluation.json").read_text())
+    return {
+        "before": found.get("before"),
+        "after": found.get("after", found.get("policy")),
+        "truth": found.get("truth"),
+        "error_by_frame": found.get("error_by_frame"),
+        "extractor": found.get("extractor"),
+        "seconds": training_seconds(folder, found),
+    }
+
+
+def run_all(
+    cells: Sequence[Cell], out: Path, weights: str, jobs: int, read: Callable[[Path], Row] = evaluated
+) -> list[Row]:
+    """Run what is missing, `jobs` cells at a time on one CPU thread each; results in the order of `cells`.
+
+    `read` tells what a cell's folder holds when its run is done.
+    """
     rows = []
     with ThreadPoolExecutor(jobs) as pool:
-        for cell, row in zip(cells, pool.map(lambda cell: run(cell, out, 1, weights), cells), strict=True):
-            print(f"{cell.name}: motion error {row['after']['motion_error_px']:.3f} px", flush=True)
+        for cell, row in zip(cells, pool.map(lambda cell: run(cell, out, 1, weights, read), cells), strict=True):
+            error = f": motion error {row['after']['motion_error_px']:.3f} px" if row.get("after") else " is done"
+            print(f"{cell.name}{error}", flush=True)
             rows.append(row)
     return rows
 
@@ -110,7 +129,7 @@ def weights_of(assets: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def run(cell: Cell, out: Path, threads: int, weights: str) -> dict[str, Any]:
+def run(cell: Cell, out: Path, threads: int, weights: str, read: Callable[[Path], Row] = evaluated) -> dict[str, Any]:
     """Run a cell unless it is done; return its result.
 
     Raises:
@@ -137,20 +156,8 @@ def run(cell: Cell, out: Path, threads: int, weights: str) -> dict[str, Any]:
             _start("evaluate.py", tuple(text.format(folder=folder) for text in probe.overrides), place, threads)
         found = json.loads((place / "evaluation.json").read_text())
         probes[probe.name] = {"after": found["policy"], "error_by_frame": found["error_by_frame"]}
-    evaluation = json.loads((folder / "evaluation.json").read_text())
-    row = {
-        "arm": cell.arm,
-        "seed": cell.seed,
-        "before": evaluation.get("before"),
-        "after": evaluation.get("after", evaluation.get("policy")),
-        "truth": evaluation.get("truth"),
-        "error_by_frame": evaluation.get("error_by_frame"),
-        "extractor": evaluation.get("extractor"),
-        "probes": probes,
-        "seconds": training_seconds(folder, evaluation),
-        "date": time.strftime("%Y-%m-%d"),
-        **identity,
-    }
+    row = {"arm": cell.arm, "seed": cell.seed, **read(folder), "probes": probes}
+    row |= {"date": time.strftime("%Y-%m-%d"), **identity}
     replace_text(result, json.dumps(row))
     return row
 

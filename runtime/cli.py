@@ -186,11 +186,11 @@ def _sweeps_that_go_on(outcome: _Outcome, known: Callable[[], list[str]]) -> Ite
                 batch.remove(overrides)
 
     before = Sweeper.validate_batch_is_legal
-    Sweeper.validate_batch_is_legal = check
+    Sweeper.validate_batch_is_legal = check  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
-        Sweeper.validate_batch_is_legal = before
+        Sweeper.validate_batch_is_legal = before  # type: ignore[method-assign]
 
 
 @contextmanager

@@ -1,11 +1,16 @@
-"""The share of an update that is signal: known mixtures of one direction and noise."""
+"""The share of an update that is signal: known mixtures of one direction and noise; and the measurement end to end."""
 
 from __future__ import annotations
+
+import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from experiments.agreement import agreement
+from experiments.agreement import agreement, gradients, group_sizes, measure, run
+from runtime.session import Session
+from tests.test_training import plan
 
 
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.5])
@@ -25,3 +30,34 @@ def test_equal_gradients_are_all_signal_and_dead_weights_do_not_count() -> None:
     same = torch.randn(1, 50, generator=torch.Generator().manual_seed(0)).expand(4, 50).clone()
     same[:, :10] = 0
     assert agreement(same)[0] == pytest.approx(1)
+
+
+def test_group_sizes_double() -> None:
+    assert [group_sizes(n) for n in (2, 4, 8, 12, 32)] == [[2], [4], [4, 8], [4, 8, 12], [4, 8, 16, 32]]
+
+
+def test_gradients_of_prompts_add_up_to_that_of_the_update(model: Path, tmp_path: Path) -> None:
+    options = ["rollout.prompts=3", "rollout.group_size=4", "reward=aesthetic", "algorithm.kl_weight=0"]
+    made = plan(model, tmp_path, *options)
+    session = Session(made.settings, made.config)
+    rollout = session.rollout()
+    session.score(rollout, session.decode(rollout))
+    loss = session.loss_module(rollout)["loss_objective"]
+    whole = torch.cat([g.flatten() for g in torch.autograd.grad(loss, session.parameters)])
+    each = gradients(session, rollout, 4)
+    assert each.shape == (3, len(whole)) and whole.abs().max() > 0
+    torch.testing.assert_close(each.mean(0), whole, atol=1e-6, rtol=1e-3)
+    assert not torch.allclose(gradients(session, rollout, 2), each)
+    before = [p.detach().clone() for p in session.parameters]
+    found = measure(session, 2)
+    assert all(torch.equal(a, b) for a, b in zip(before, session.parameters, strict=True)), "the weights stay"
+    assert found["prompts"] == 6 and list(found["signal"]) == ["4"] and found["metrics"]["return_std"] > 0
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "ppo", "nft", "dpo"])
+def test_the_experiment_runs_for_every_algorithm(model: Path, tmp_path: Path, algorithm: str) -> None:
+    options = [f"algorithm={algorithm}", "updates=2", "rollout.prompts=2", "rollout.group_size=4", "reward=aesthetic"]
+    options += ["algorithm.margin=0"] if algorithm == "dpo" else []
+    run(plan(model, tmp_path, *options))
+    found = json.loads((tmp_path / "agreement.json").read_text())
+    assert found["excess_noise"] == [pytest.approx(1.0)] * 2 and found["signal"]["4"]["error"] > 0

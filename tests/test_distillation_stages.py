@@ -21,7 +21,8 @@ from algorithms.distillation.settings import DMD, FineTune
 from algorithms.distillation.warmup import Teacher
 from policies.causality import Causality
 from policies.ema import EMA
-from tests.students import BATCH, LATENT, STEPS, TABLE, fixed, network, silent, student
+from policies.sampler import generate
+from tests.students import BATCH, LATENT, STEPS, TABLE, fixed, network, silent, student, weights_gradient
 
 
 class TestTeacher:
@@ -320,3 +321,23 @@ class TestWarmup:
         (sigma,) = seen
         assert torch.equal(sigma[:, 0], sigma[:, 2]) and torch.equal(sigma[:, 3], sigma[:, 5])
         assert not torch.equal(sigma[:, 0], sigma[:, 3])
+
+    @pytest.mark.parametrize(("share", "expected"), [(0.0, "truth"), (1.0, "own")])
+    def test_own_history_is_what_the_student_itself_makes(self, share: float, expected: str) -> None:
+        seen: list[tuple[Tensor, Tensor]] = []
+        model = network()
+        who = student(model, rule=Causality(chunk=3, window=3))
+        parallel = model.parallel
+
+        def spy(clean: Tensor, noisy: Tensor, sigma: Tensor, *rest: Any, **more: Any) -> Tensor:
+            seen.append((clean[:, :, : LATENT[0]], sigma))
+            return parallel(clean, noisy, sigma, *rest, **more)
+
+        model.parallel = spy
+        loss, _ = warmup.own_history(who, (5,), share)
+        history, sigma = seen[0]
+        own = generate(model, who.kernel, who.causality, who.state).latents[:, :, -1]
+        torch.testing.assert_close(history, {"truth": who.truth, "own": own}[expected])
+        assert len(seen) == 1 and set(sigma.unique().tolist()) <= set(TABLE[:-1].tolist())
+        assert torch.equal(sigma[:, 0], sigma[:, 2]) and torch.equal(sigma[:, 3], sigma[:, 5])
+        assert weights_gradient(model, loss), "the loss is of frames that carry gradient"

@@ -7,6 +7,7 @@ import math
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,15 @@ from torch import Tensor, nn
 
 from algorithms.distillation.noise import noised
 from algorithms.distillation.pool import LatentPool, encode_pool
-from algorithms.distillation.settings import DMD, ConsistencyStage, Distill, FineTune, ODEStage, TeacherForcingStage
+from algorithms.distillation.settings import (
+    DMD,
+    ConsistencyStage,
+    Distill,
+    FineTune,
+    ODEStage,
+    OwnHistoryStage,
+    TeacherForcingStage,
+)
 from algorithms.pretraining import towers, vae
 from algorithms.pretraining.chain import Chain, Recipe, Studying, Teaching
 from algorithms.pretraining.loop import Fit, learning_rate, optimise
@@ -32,23 +41,27 @@ WORLD = Sprites(frames=5, sizes=["16x16", "16x24"], max_sprites=2)
 VAE = vae.VAEStage(base_dim=4, dim_mult=[1, 1, 2], z_dim=4, steps=2, batch=4, long_from=0.5, pool=4)
 TOWERS = towers.TowerStage(width=16, layers=2, projection=8, steps=2, batch=4, pool=4)
 SHAPE = Shape(dim=32, heads=2, layers=1, ffn=32)
+
+
+def distillation(**changes: Any) -> Distill:
+    """Settings of the smallest distillation."""
+    plain: dict[str, Any] = {
+        "teacher_forcing": TeacherForcingStage(batch=2),
+        "own_history": OwnHistoryStage(batch=2),
+        "ode": ODEStage(batch=2),
+        "consistency": ConsistencyStage(batch=2),
+        "dmd": DMD(batch=2, layers=[0], generator_every=1),
+    }
+    return Distill(teacher="teacher", pool=3, **plain | changes)
+
+
 RECIPE = Recipe(
     vae=VAE,
     towers=TOWERS,
     initial=Teaching(FineTune(fresh=True, control=False, batch=2, pool=3), 2, shape=SHAPE),
     teacher=Teaching(FineTune(batch=2, pool=3), 2),
-    weak_teacher=Teaching(FineTune(batch=2, pool=3, track_noise=2.0), 2),
-    student=Studying(
-        Distill(
-            teacher="weak_teacher",
-            pool=3,
-            teacher_forcing=TeacherForcingStage(steps=2, batch=2),
-            ode=ODEStage(batch=2),
-            consistency=ConsistencyStage(batch=2),
-            dmd=DMD(batch=2, layers=[0], generator_every=1),
-        ),
-        2,
-    ),
+    few_step=Studying(distillation(teacher_forcing=TeacherForcingStage(steps=2, batch=2)), 2),
+    student=Studying(distillation(own_history=OwnHistoryStage(steps=2, batch=2), match=False, track_noise=2.0), 0),
 )
 
 
@@ -317,13 +330,13 @@ def test_the_initial_model_ignores_the_drag_and_the_student_is_made_from_it(fold
     channels = 4
     control = {
         name: load_file(next((folder / name).glob("*.safetensors")))["patch_embedding.weight"][:, -channels:].any()
-        for name in ("initial", "teacher", "weak_teacher", "transformer")
+        for name in ("initial", "teacher", "few_step", "transformer")
     }
-    assert control == {"initial": False, "teacher": True, "weak_teacher": True, "transformer": True}
+    assert control == {"initial": False, "teacher": True, "few_step": True, "transformer": True}
     assert not json.loads((folder / "transformer" / "config.json").read_text())["_name_or_path"]
 
 
-@pytest.mark.parametrize("lost", [["vae"], ["aesthetic"], ["weak_teacher", "transformer"]])
+@pytest.mark.parametrize("lost", [["vae"], ["aesthetic"], ["few_step", "transformer"]])
 def test_what_is_lost_is_trained_again_the_same(lost: list[str], folder: Path, tmp_path: Path) -> None:
     again = tmp_path / "again"
     shutil.copytree(folder, again)

@@ -19,7 +19,7 @@ from runtime.session import Session
 
 SMALL = ["rollout.frames=3", "world.sizes=[16x16,16x24]", "evaluation.clips=3", "stage.pool=8"]
 FINETUNE = [*SMALL, "model.transformer=transformer", "stage.batch=4", "updates=3", "rollout.sigmas=[1.0,0.5,0.0]"]
-NAMES = ("teacher_forcing", "ode", "consistency", "dmd")
+NAMES = ("teacher_forcing", "own_history", "ode", "consistency", "dmd")
 STAGES = [f"stage.{name}.batch=3" for name in NAMES] + [f"stage.{name}.steps=2" for name in NAMES[:-1]]
 DISTILL = [
     *SMALL,

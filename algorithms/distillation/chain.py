@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from algorithms.distillation.strategies import Strategy
 
 # Draws of the stages are told apart by the iteration of their keys.
-STAGES = {"teacher_forcing": 1, "ode": 2, "consistency": 3, "dmd": 4}
+STAGES = {"teacher_forcing": 1, "own_history": 5, "ode": 2, "consistency": 3, "dmd": 4}
 STRIDE = 10_000_000
 
 
@@ -128,6 +128,8 @@ class Distillation:
         key = (self.seed, 16, STAGES[name] * STRIDE + step)
         if name == "teacher_forcing":
             return warmup.teacher_forcing(student, key, self.settings.teacher_forcing.shift)
+        if name == "own_history":
+            return warmup.own_history(student, key, self.settings.own_history.share)
         if name == "ode":
             exits = exit_steps(student, "per_frame")
             return warmup.ode_initialisation(student, teacher, exits, self.settings.ode.substeps)

@@ -82,6 +82,22 @@ class TeacherForcingStage(Warmup):
 
 
 @dataclass(frozen=True)
+class OwnHistoryStage(Warmup):
+    """Flow matching of every frame given those before it that the student itself makes.
+
+    Attributes:
+        share: of the clips; the others have true histories.
+    """
+
+    share: float = 0.75
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"stage.own_history.share must lie in [0, 1], got {self.share}")
+
+
+@dataclass(frozen=True)
 class ODEStage(Warmup):
     """Regression to the ends of the teacher's ODE paths.
 
@@ -184,6 +200,7 @@ class Distill:
         pool: training clips per frame size.
         track_noise: standard deviation in pixels of the errors of the tracks that control is drawn from.
         teacher_forcing: flow matching given true frames.
+        own_history: flow matching given frames of the student's own.
         ode: regression to the teacher's ODE.
         consistency: causal consistency distillation.
         match: distribution matching after the warm-up; off: the warm-up alone.
@@ -198,13 +215,14 @@ class Distill:
     pool: int = 2048
     track_noise: float = 0.0
     teacher_forcing: TeacherForcingStage = field(default_factory=TeacherForcingStage)
+    own_history: OwnHistoryStage = field(default_factory=OwnHistoryStage)
     ode: ODEStage = field(default_factory=ODEStage)
     consistency: ConsistencyStage = field(default_factory=ConsistencyStage)
     match: bool = True
     dmd: DMD = field(default_factory=DMD)
 
     def __post_init__(self) -> None:
-        for name in ("teacher_forcing", "ode", "consistency", "dmd"):
+        for name in ("teacher_forcing", "own_history", "ode", "consistency", "dmd"):
             _check_pool(f"stage.{name}", getattr(self, name).batch, self.pool)
         if not math.isfinite(self.guidance):
             raise ValueError(f"stage.guidance must be finite, got {self.guidance}")
@@ -212,7 +230,9 @@ class Distill:
             raise ValueError(f"stage.eta must lie in [0, 1], got {self.eta}")
         if not 0 <= self.track_noise < math.inf:
             raise ValueError(f"stage.track_noise must not be negative, got {self.track_noise}")
-        if not self.match and not any(s.steps for s in (self.teacher_forcing, self.ode, self.consistency)):
+        if not self.match and not any(
+            s.steps for s in (self.teacher_forcing, self.own_history, self.ode, self.consistency)
+        ):
             raise ValueError("stage: nothing to do; set stage.match=true, or give a stage steps")
 
 

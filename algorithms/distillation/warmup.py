@@ -18,6 +18,7 @@ from data.draws import Stream, generator
 from envs.transitions import ode_mean
 from policies.causal_dit import CausalWanTransformer3DModel
 from policies.ema import EMA
+from policies.sampler import generate
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,22 @@ def teacher_forcing(student: Student, key: tuple[int, ...], shift: float) -> Los
     eps = torch.from_numpy(rng.standard_normal(tuple(truth.shape), dtype="float32")).to(truth.device)
     x = noised(truth, eps, sigma)
     return flow_matching_loss(student.velocity(truth, x, sigma), truth, eps)
+
+
+def own_history(student: Student, key: tuple[int, ...], share: float) -> Loss:
+    """Flow matching of every frame at one of the student's noise levels, given the frames before it that the student
+    itself makes, in `share` of the clips (the others have the true ones). A frame's target is the true one whatever the
+    history looks like, so the student learns to come back from its own mistakes.
+    """
+    truth, rng = student.truth, generator(Stream.TRAINING, *key)
+    chunk, (frames, steps) = student.causality.chunk, student.state["stochastic"].shape[1:]
+    own = generate(student.network, student.kernel, student.causality, student.state).latents[:, :, -1]
+    chosen = torch.from_numpy(rng.uniform(size=len(truth)) < share).to(truth.device)
+    history = torch.where(chosen[:, None, None, None, None], own, truth)
+    drawn = torch.from_numpy(rng.integers(steps, size=(len(truth), -(-frames // chunk)))).to(truth.device)
+    sigma = student.levels(drawn.repeat_interleave(chunk, 1)[:, :frames])
+    eps = torch.from_numpy(rng.standard_normal(tuple(truth.shape), dtype="float32")).to(truth.device)
+    return flow_matching_loss(student.velocity(history, noised(truth, eps, sigma), sigma), truth, eps)
 
 
 def ode_initialisation(student: Student, teacher: Teacher, exits: Tensor, substeps: int) -> Loss:

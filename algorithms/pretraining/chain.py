@@ -1,7 +1,8 @@
-"""The embedded models from nothing: VAE, towers, initial model, teacher, teacher on weak tracks, student.
+"""The embedded models from nothing: VAE, towers, initial model, teacher, few-step model, student.
 
 The transformers go the paper's way (AR-Drag section 3.2): image-to-video, then control, then distillation with
-Self-Rollout. Before the last of these, the teacher sees tracks with errors, the only ones that real clips have.
+Self-Rollout. The last stage gives the few-step model what a model of real clips has and this one had not: tracks from a
+weak tracker. It learns to follow a drag with caution, which RL is there to mend.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 from algorithms.distillation.chain import Distillation
 from algorithms.distillation.finetune import finetune, fresh
 from algorithms.distillation.pool import LatentPool, encode_pool
-from algorithms.distillation.settings import DMD, Distill, FineTune, TeacherForcingStage
+from algorithms.distillation.settings import DMD, Distill, FineTune, OwnHistoryStage, TeacherForcingStage
 from algorithms.distillation.strategies import SelfRollout
 from algorithms.pretraining.towers import TowerStage, train_towers
 from algorithms.pretraining.transformer import Shape, build_transformer
@@ -82,19 +83,30 @@ class Recipe:
     towers: TowerStage = field(default_factory=TowerStage)
     initial: Teaching = field(default_factory=lambda: Teaching(FineTune(fresh=True, control=False), 3000))
     teacher: Teaching = field(default_factory=lambda: Teaching(FineTune(), 6000))
-    weak_teacher: Teaching = field(
-        default_factory=lambda: Teaching(FineTune(track_noise=4.0, pool=1024, lr=2e-3), 1500)
-    )
-    student: Studying = field(
+    few_step: Studying = field(
         default_factory=lambda: Studying(
             Distill(
-                teacher="weak_teacher",
-                track_noise=4.0,
+                teacher="teacher",
                 pool=512,
                 teacher_forcing=TeacherForcingStage(steps=800),
                 dmd=DMD(lr=1e-4, critic_lr=2e-4),
             ),
-            120,
+            100,
+        )
+    )
+    student: Studying = field(
+        default_factory=lambda: Studying(
+            Distill(
+                teacher="teacher",
+                from_teacher=False,
+                eta=0.0,
+                pool=768,
+                track_noise=4.0,
+                own_history=OwnHistoryStage(steps=300, lr=2e-3, ema=0.995),
+                match=False,
+            ),
+            0,
+            seed=1,
         )
     )
 
@@ -106,7 +118,7 @@ class Recipe:
             "aesthetic_eval": replace(self.towers, seed=self.towers.seed + 1),
             "initial": self.initial,
             "teacher": self.teacher,
-            "weak_teacher": self.weak_teacher,
+            "few_step": self.few_step,
             "transformer": self.student,
         }
 
@@ -139,8 +151,8 @@ class Chain:
             "aesthetic_eval": partial(self._towers, "aesthetic_eval"),
             "initial": partial(self._teach, "", "initial"),
             "teacher": partial(self._teach, "initial", "teacher"),
-            "weak_teacher": partial(self._teach, "teacher", "weak_teacher"),
-            "transformer": self._study,
+            "few_step": partial(self._study, "teacher", "few_step"),
+            "transformer": partial(self._study, "few_step", "transformer"),
         }
         for name, stage in self.recipe.stages().items():
             parts = ["aesthetic", "text_encoder", "tokenizer"] if name == "aesthetic" else [name]
@@ -164,12 +176,12 @@ class Chain:
         trained = finetune(pools, how.stage, model, negative, how.updates, how.seed, self.report, to / STATE)
         save(trained, to / name)
 
-    def _study(self, how: Studying, to: Path) -> None:
+    def _study(self, start: str, name: str, how: Studying, to: Path) -> None:
         pools = self._pools(how.stage.pool, how.stage.track_noise)
         negative = self._codecs()[1].encode([how.stage.negative_prompt])
         run = Distillation(how.stage, SelfRollout(), how.causality, how.sigmas, how.updates, how.seed, self.report)
-        student, teacher = self._load(how.stage.teacher), self._load(how.stage.teacher)
-        save(run.run(student, teacher, negative, pools, to), to / "transformer")
+        student, teacher = self._load(start), self._load(how.stage.teacher)
+        save(run.run(student, teacher, negative, pools, to), to / name)
 
     def _load(self, name: str) -> CausalWanTransformer3DModel:
         with torch.random.fork_rng():  # a new model draws weights, which are replaced

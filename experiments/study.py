@@ -1,0 +1,215 @@
+"""What a schedule of stochastic steps does to learning.
+
+`python experiments/study.py schedules` measures a fixed policy under every schedule and two kernels: how much of a
+gradient is signal by group size, spread of returns, excess noise, quality and cost of the rollouts. Each cell is a run
+of `agreement.py`; interrupt it at will. `python experiments/study.py curves multirun/...` compares finished runs, such
+as the cells of a sweep: held-out motion error against wall time and against generated frames. Each leaves one table and
+one figure in `docs/results/`: `<name>.jsonl`, `<name>.md`, `<name>.png`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from runtime.cells import RESULTS, ROOT, Cell, Row, publish, run_all, weights_of
+from runtime.identity import flatten
+from runtime.schema import TARGET
+
+KERNELS = {"cps": ("transition=cps",), "flow_sde": ("transition=flow_sde", "transition.eta=0.7")}
+SCHEDULES = {
+    "single": ("schedule=single",),
+    "single, per frame": ("schedule=single", "schedule.scope=per_frame"),
+    "single, one pair": ("schedule=single", "schedule.scope=one_pair"),
+    "first": ("schedule=first",),
+    "window": ("schedule=window", "schedule.interval=1"),  # it slides at every rollout, so all positions count
+    "all": ("schedule=all",),
+}
+PROMPTS, LARGEST = 8, 32
+# Keys of a config in which runs of one sweep may differ without being different settings.
+PLACES = ("run_dir", "resume", "checkpoint")
+
+
+def cells(rollouts: int, options: list[str]) -> list[Cell]:
+    """One run of `agreement.py` per schedule and kernel."""
+    shared = (f"updates={rollouts}", f"rollout.prompts={PROMPTS}", f"rollout.group_size={LARGEST}", "logger=local")
+    found = []
+    for kernel, noise in KERNELS.items():
+        for name, how in SCHEDULES.items():
+            arm = f"{kernel}_{name}".replace(", ", "_").replace(" ", "_")
+            found.append(Cell(arm, 0, "agreement.py", (*shared, *how, *noise, *options)))
+    return found
+
+
+def measured(folder: Path) -> Row:
+    """What `agreement.py` left, without its config."""
+    found = json.loads((folder / "agreement.json").read_text())
+    return {key: value for key, value in found.items() if key != "config"}
+
+
+def need(row: Row, size: str) -> float:
+    """Samples for one unit of signal to noise: n prompts have n share / (1 - share) of it, each of `size` samples."""
+    share = row["signal"][size]["share"]
+    return int(size) * (1 - share) / share if share > 0 else float("nan")
+
+
+def schedule_table(rows: list[Row]) -> str:
+    """Markdown: a line per kernel and schedule; samples for the same signal are relative to the first line's."""
+    sizes = list(rows[0]["signal"])
+    middle = "8" if "8" in sizes else sizes[0]
+    heads = ["excess noise", "std of returns", "motion error, px", "ms per sample: rollout", "update"]
+    heads += [f"signal, groups of {size}, 1/1000" for size in sizes]
+    heads += [f"samples for the same signal, groups of {middle}"]
+    lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    for row in rows:
+        metrics, seconds = row["metrics"], row["seconds_per_sample"]
+        values = [
+            ", ".join(f"{x:.3f}" for x in row["excess_noise"]),
+            f"{metrics['return_std']:.3f}",
+            f"{metrics['motion/error_px']:.2f}" if "motion/error_px" in metrics else "",
+            *(f"{1000 * seconds[name]:.0f}" for name in ("rollout", "update")),
+            *(f"{1000 * row['signal'][s]['share']:.2f} ± {1000 * row['signal'][s]['error']:.2f}" for s in sizes),
+            f"{need(row, middle) / need(rows[0], middle):.2f} x",
+        ]
+        lines.append(f"| {row['arm'].replace('_', ' ')} | {' | '.join(values)} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw_schedules(rows: list[Row], path: Path) -> None:
+    """Plot signal against group size, one panel per kernel, with standard errors."""
+    figure, panels = _figure(len(KERNELS))
+    for axes, kernel in zip(panels, KERNELS, strict=True):
+        for row in (row for row in rows if row["arm"].startswith(kernel + "_")):
+            sizes = [int(size) for size in row["signal"]]
+            shares, errors = ([1000 * value[key] for value in row["signal"].values()] for key in ("share", "error"))
+            name = row["arm"].removeprefix(kernel + "_").replace("_", " ")
+            axes.errorbar(sizes, shares, errors, marker="o", capsize=3, label=name)
+        axes.set(xscale="log", xlabel="samples of a group", title=kernel)
+        axes.set_xticks(sizes, [str(size) for size in sizes], minor=False)
+        axes.axhline(0, color="0.7", linewidth=1)
+    panels[0].set_ylabel("signal, 1/1000 of a prompt's gradient energy")
+    panels[-1].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def runs_in(folder: Path) -> list[Path]:
+    """The folder where it is a run, else the runs in it."""
+    if (folder / "metrics.jsonl").is_file():
+        return [folder]
+    return sorted(found.parent for found in folder.glob("*/metrics.jsonl"))
+
+
+def curve(folder: Path) -> Row:
+    """A finished run: what it was measured as, by update, seconds of training and generated latent frames.
+
+    Raises:
+        FileNotFoundError: it is not a finished run of the loop.
+    """
+    if not (folder / "evaluation.json").is_file() or not (folder / "metrics.jsonl").is_file():
+        raise FileNotFoundError(f"{folder} is not a finished run: no evaluation.json, or no metrics.jsonl")
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    config: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    spent, seconds = {0: 0.0}, 0.0
+    for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
+        seconds += sum(value for key, value in row.items() if key.startswith("seconds/"))
+        spent[int(row["step"])] = seconds
+    r = config["rollout"]
+    frames = r["prompts"] * r["group_size"] * r["frames"]
+    points = [
+        {**each, "seconds": spent.get(int(each["update"]), seconds), "frames": frames * int(each["update"])}
+        for each in evaluation["curve"]
+    ]
+    return {"folder": folder.name, "points": points, "config": config}
+
+
+def named(rows: list[Row]) -> list[Row]:
+    """Name runs after the settings in which they differ from each other; of another class the class alone."""
+    flat = [{k: v for k, v in flatten(row["config"]).items() if k.split(".")[0] not in PLACES} for row in rows]
+    keys = sorted({key for one in flat for key in one if any(other.get(key) != one[key] for other in flat)})
+    classes = {key.removesuffix(TARGET) for key in keys if key.endswith(TARGET)}
+    shown = [key for key in keys if key.endswith(TARGET) or not any(key.startswith(group) for group in classes)]
+    found = []
+    for row, one in zip(rows, flat, strict=True):
+        parts = [f"{key.removesuffix('.' + TARGET)}={_last_word(key, one.get(key))}" for key in shown]
+        found.append({**row, "arm": " ".join(parts) or row["folder"]})
+    return found
+
+
+def curve_table(rows: list[Row]) -> str:
+    """Markdown: first and last measurement of every run, and what it took."""
+    heads = ["motion error, px: before", "after", "best", "aesthetic", "Frechet", "seconds", "latent frames"]
+    lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    for row in rows:
+        first, last = row["points"][0], row["points"][-1]
+        best = min(point["motion_error_px"] for point in row["points"])
+        values = [f"{x:.3f}" for x in (first["motion_error_px"], last["motion_error_px"], best, last["aesthetic"])]
+        values += [f"{last['frechet']:.3f}", f"{last['seconds']:.0f}", str(last["frames"])]
+        lines.append(f"| {row['arm']} | {' | '.join(values)} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw_curves(rows: list[Row], path: Path) -> None:
+    """Plot held-out motion error against wall time and against generated frames."""
+    figure, panels = _figure(2)
+    for axes, key, label in zip(panels, ("seconds", "frames"), ("seconds of training", "latent frames"), strict=True):
+        for row in rows:
+            errors = [point["motion_error_px"] for point in row["points"]]
+            axes.plot([point[key] for point in row["points"]], errors, "o-", label=row["arm"])
+        axes.set_xlabel(label)
+    panels[0].set_ylabel("held-out motion error, px")
+    panels[-1].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def _figure(panels: int) -> tuple[Any, Any]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    return plt.subplots(1, panels, figsize=(5.5 * panels, 4.2), layout="constrained", sharey=True)
+
+
+def _last_word(key: str, value: Any) -> str:
+    return str(value).rpartition(".")[2] if key.endswith(TARGET) else str(value)
+
+
+def main() -> None:
+    """Parse the command line and make one study."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    fixed = kinds.add_parser("schedules", help="a fixed policy under every schedule")
+    fixed.add_argument("--rollouts", type=int, default=8, help=f"of {PROMPTS} prompts each")
+    fixed.add_argument("--jobs", type=int, default=2, help="runs at a time, one CPU thread each")
+    fixed.add_argument("--out", type=Path, default=Path("outputs/study"))
+    fixed.add_argument("--name", default="study_schedules")
+    fixed.add_argument("options", nargs="*", help="overrides, such as reward=motion")
+    sweep = kinds.add_parser("curves", help="finished runs side by side")
+    sweep.add_argument("--name", default="study_curves")
+    sweep.add_argument("folders", nargs="+", type=Path, help="folders of runs, or of sweeps")
+    options = parser.parse_args()
+    path = RESULTS / f"{options.name}.png"
+    if options.kind == "schedules":
+        weights = weights_of(ROOT / "assets" / "tiny")
+        rows = run_all(cells(options.rollouts, options.options), options.out, weights, options.jobs, measured)
+        publish(options.name, rows, schedule_table(rows))
+        draw_schedules(rows, path)
+        return
+    folders = [run for folder in options.folders for run in runs_in(folder)]
+    try:
+        rows = named([curve(folder) for folder in folders]) if folders else []
+    except FileNotFoundError as error:
+        sys.exit(f"error: {error}")
+    if not rows:
+        sys.exit(f"error: no runs in {', '.join(map(str, options.folders))}")
+    publish(options.name, [{k: v for k, v in row.items() if k != "config"} for row in rows], curve_table(rows))
+    draw_curves(rows, path)
+
+
+if __name__ == "__main__":
+    main()
