@@ -12,7 +12,7 @@ PIP      := $(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -
 SOURCES  := envs policies rewards algorithms data tracking metrics runtime experiments benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow lint bench learn ablation-step1 tiny clean
+.PHONY: help venv demo test test-slow lint bench learn ablation-step1 compare study tiny clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +51,12 @@ learn: $(VENV)/.installed  ## the learning result of the README: 3 seeds and the
 
 ablation-step1: $(VENV)/.installed  ## ways of making the student's clips in distillation, side by side (long; goes on where it stopped)
 	$(BIN)/python experiments/ablation_step1.py $(ARGS)
+
+compare: $(VENV)/.installed  ## the algorithms side by side, 3 seeds each (long; goes on where it stopped)
+	$(BIN)/python experiments/compare.py $(ARGS)
+
+study: $(VENV)/.installed  ## what schedules of stochastic steps do to the signal of an update (long; goes on where it stopped)
+	$(BIN)/python experiments/study.py schedules $(ARGS)
 
 tiny: $(VENV)/.installed  ## train the embedded models of assets/tiny again (long)
 	$(BIN)/python experiments/tiny.py $(ARGS)

@@ -1,8 +1,9 @@
 """Measure a policy on held-out clips: `python experiments/evaluate.py checkpoint=<run folder>/checkpoints/step_000060`.
 
-Model, adaptation, world and rollout are those of the checkpoint's run where the command line does not name others.
-Without a checkpoint the model's own weights are measured. Any setting may be changed, such as
-`evaluation.split=hard`, or `model.transformer=teacher rollout.sigmas=...` for the many-step model.
+Model, adaptation, world and rollout are those of the checkpoint's run where the command line does not name others, and
+`kl_to_start` says how far the policy has moved from the model's own weights. Without a checkpoint these are measured.
+Any setting may be changed, such as `evaluation.split=hard`, or `model.transformer=teacher rollout.sigmas=...` for the
+many-step model.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ def run(plan: Plan) -> None:
         session = Session(plan.settings, plan.config)
     metrics, samples = session.evaluate()
     truth = measure(session.truth, session.truth, session.judge)
+    if plan.settings.checkpoint is not None:
+        metrics["kl_to_start"] = session.divergence()
     e = plan.settings.evaluation
     table = Table(
         "metric",
@@ -36,7 +39,7 @@ def run(plan: Plan) -> None:
         title=f"{e.clips} {e.split} clips, {type(e.tracker).__name__}, {session.judge.features.name}",
     )
     for name, value in metrics.items():
-        table.add_row(name, f"{value:.4f}", f"{truth[name]:.4f}")
+        table.add_row(name, f"{value:.4f}", f"{truth[name]:.4f}" if name in truth else "")
     Console().print(table)
     folder = Path(session.run_dir)
     folder.mkdir(parents=True, exist_ok=True)

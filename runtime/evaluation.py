@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from data.clip import ClipBatch
+from envs.transitions import gaussian_kl
 from metrics.features import ClipFeatures
 from metrics.frechet import frechet_distance
 from metrics.motion import by_latent_frame, counted, drag_score, endpoint_error, per_clip
 from metrics.smoothness import smoothness
 from policies.actor import Actor
-from policies.sampler import generate
+from policies.sampler import generate, sample_rollout
 from rewards.aesthetic import Aesthetic
 from rewards.base import RewardContext
 from rewards.motion import PROFILES
@@ -78,6 +79,22 @@ def sample(
         first += len(batch)
         found.append(follow(torch.cat(videos), batch, judge))
     return found
+
+
+@torch.no_grad()
+def divergence(actor: Actor, initial: Actor, episodes: Episodes, clips: list[ClipBatch]) -> float:
+    """KL of a policy to another one, nats per latent value: mean over the stochastic steps of its own clips, in closed
+    form between the kernels' Gaussians. nan where the schedule leaves no stochastic step.
+    """
+    total, count, first = 0.0, 0.0, 0
+    for batch in clips:
+        state, _ = episodes.begin(batch, 1, EVALUATION_SEED, 1, first_prompt=first)
+        first += len(batch)
+        rollout = sample_rollout(actor.transformer, actor.transition, actor.causality, state)
+        now, then = actor.evaluate(rollout), initial.evaluate(rollout)
+        kl = gaussian_kl(now["mean"], then["mean"], now["std"][..., None, None, None])
+        total, count = total + float(kl.sum()), count + float(rollout["stochastic"].sum())
+    return total / count if count else math.nan
 
 
 def follow(video: Tensor, clips: ClipBatch, judge: Judge) -> Sample:

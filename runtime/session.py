@@ -26,7 +26,7 @@ from rewards.base import RewardContext
 from rewards.composite import Composite, metrics_of
 from runtime import checkpoint
 from runtime.episodes import Episodes, fixed_clips
-from runtime.evaluation import Judge, Sample, follow, measure, sample
+from runtime.evaluation import Judge, Sample, divergence, follow, measure, sample
 from runtime.settings import Settings
 
 # Acting and re-scoring are the same computation batched differently: what is left is rounding.
@@ -150,6 +150,12 @@ class Session:
         transformer = self.settings.model.load(self.device).transformer
         self._adapt(transformer)
         return self._measure(Actor(transformer, self.settings.transition, self.actor.causality))
+
+    def divergence(self) -> float:
+        """KL of the policy to the model's own weights on the held-out clips; see `runtime.evaluation.divergence`."""
+        own = self.settings.model.load(self.device).transformer
+        initial = Actor(own, self.settings.transition, self.actor.causality)
+        return divergence(self.actor, initial, self.episodes, [s.clips for s in self.truth])
 
     def save(self) -> Path:
         """Write a checkpoint of this iteration."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from experiments import ablation_step1, learn
+from experiments import ablation_step1, compare, learn
 from runtime import cells
 from runtime.cells import Cell, Probe
 
@@ -124,3 +124,18 @@ def test_the_cells_of_step_1_are_all_arms_and_seeds() -> None:
     assert {"updates=5", "stage.teacher=b"} <= set(chunked.overrides)
     assert all("rollout.window=3" in p.overrides and "updates=5" not in p.overrides for p in chunked.probes)
     assert all("rollout.chunk=3" in p.overrides for p in chunked.probes)
+
+
+def test_the_comparison_of_algorithms(tmp_path: Path) -> None:
+    made = compare.cells(2, 50, 8, ["schedule=all"])
+    assert [c.name for c in made[:3]] == ["student_0", "grpo_0", "grpo_1"] and len(made) == 1 + 2 * 5
+    assert all("schedule=all" in c.overrides and "step_000050" in c.probes[0].overrides[-1] for c in made[1:])
+    points = [{"update": n, "motion_error_px": 4.0 - n / 50} for n in (0, 50)]
+    moved = {"kl": {"after": {"kl_to_start": 0.01}}}
+    rows = [row("student", 0, 4.0) | {"curve": None}]
+    rows += [row("grpo", s, e) | {"curve": points, "probes": moved} for s, e in enumerate((2.0, 3.0))]
+    lines = compare.table(rows).splitlines()
+    assert len({line.count("|") for line in lines}) == 1
+    assert "| grpo | 2 | 2.500 ± 0.707 |" in lines[3] and "| 0.0100 |" in lines[3] and "% | 60 |" in lines[3]
+    compare.draw(rows, tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").stat().st_size > 5000

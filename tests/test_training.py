@@ -86,6 +86,13 @@ def test_a_checkpoint_measures_as_its_run_did(model: Path, tmp_path: Path, optio
     assert other.video.shape[2:] == (21, 16, 24)
 
 
+def test_how_far_a_policy_has_moved(model: Path, tmp_path: Path) -> None:
+    run(plan(model, tmp_path / "still", "optimizer.lr=1e-12"))
+    run(plan(model, tmp_path / "moved", "optimizer.lr=1e-2", "reward=aesthetic"))
+    still, moved = (evaluated(tmp_path / name).divergence() for name in ("still", "moved"))
+    assert 0 <= still < 1e-9 < 1e-5 < moved
+
+
 def test_adapters_need_the_adaptation_that_made_them(model: Path, tmp_path: Path) -> None:
     run(plan(model, tmp_path / "run", "adaptation=lora", "adaptation.rank=2"))
     start = f"checkpoint={tmp_path / 'run' / 'checkpoints' / 'step_000001'}"
