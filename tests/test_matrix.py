@@ -16,7 +16,7 @@ from runtime.session import Session
 ALGORITHMS = ("grpo", "guard", "dpo", "nft", "ppo")
 SCHEDULES = ("single", "all", "first", "last", "window", "random_k", "none")
 TRANSITIONS = ("cps", "flow_sde", "dance_sde", "ode")
-REWARDS = ("motion", "aesthetic", "smoothness", "motion+aesthetic")
+REWARDS = ("motion", "aesthetic", "smoothness", "identity", "motion+aesthetic")
 SMALL = ["+debug=smoke", "world.sizes=[16x16]", "evaluation.clips=2", "rollout.prompts=2", "rollout.group_size=4"]
 
 
