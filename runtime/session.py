@@ -46,7 +46,7 @@ class Session:
         self.settings, self.config = settings, config
         assert settings.run_dir is not None
         self.run_dir = Path(settings.run_dir)
-        self.device = _device(settings.device)
+        self.device = device_of(settings.device)
         settings.engine.setup()
         networks = settings.model.load(self.device)
         r = settings.rollout
@@ -261,7 +261,7 @@ def _copy(weights: dict[str, Tensor], network: nn.Module) -> None:
         own[name].copy_(value)
 
 
-def _device(name: str) -> str:
+def device_of(name: str) -> str:
     """The device by its name.
 
     Raises:

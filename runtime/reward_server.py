@@ -1,0 +1,81 @@
+"""A small HTTP service around local rewards; `rewards/remote.py` is its client."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rewards.base import RewardFailed, RewardTerm
+from rewards.composite import Composite, metrics_of
+from rewards.remote import answer, known_clip, read_request
+
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import Response
+
+
+@dataclass(frozen=True)
+class Service:
+    """Where the rewards are served.
+
+    Attributes:
+        host: address; 0.0.0.0 answers the whole network, so protect it.
+        port: TCP port.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+
+    def __post_init__(self) -> None:
+        if not 0 < self.port < 65536:
+            raise ValueError(f"stage.port must lie in 1 .. 65535, got {self.port}")
+
+
+def total(rewards: Composite, body: bytes) -> bytes:
+    """Score a request by the weighted sum; the answer's metrics are the terms'.
+
+    Raises:
+        ValueError: not a request.
+        RewardFailed: a term failed.
+    """
+    video, batch = read_request(body)
+    terms = rewards.evaluate(video, batch)
+    found = rewards.add(terms)
+    return answer(RewardTerm(found["reward"], found["valid"], metrics_of(terms)))
+
+
+def application(rewards: Composite, largest: int = 2**30) -> Starlette:
+    """`POST /score` takes a request, `GET /health` scores a known clip. One call is computed at a time.
+
+    Args:
+        rewards: prepared.
+        largest: bytes of a request; longer ones are refused.
+    """
+    from starlette.applications import Starlette
+    from starlette.responses import JSONResponse, PlainTextResponse, Response
+    from starlette.routing import Route
+
+    turn = asyncio.Lock()
+
+    async def score(request: Request) -> Response:
+        if int(request.headers.get("content-length", 0)) > largest:
+            return PlainTextResponse(f"a request may have {largest} bytes", status_code=413)
+        body = await request.body()
+        try:
+            async with turn:
+                found = await asyncio.to_thread(total, rewards, body)
+        except ValueError as error:
+            return PlainTextResponse(str(error), status_code=400)
+        except RewardFailed as error:
+            return PlainTextResponse(str(error), status_code=503)
+        return Response(found, media_type="application/octet-stream")
+
+    async def health(request: Request) -> Response:
+        clip, batch = known_clip()
+        async with turn:
+            found = await asyncio.to_thread(rewards.score, clip, batch)
+        return JSONResponse({"terms": sorted(rewards.terms), "known clip": found["reward"][0].tolist()})
+
+    return Starlette(routes=[Route("/score", score, methods=["POST"]), Route("/health", health)])
