@@ -12,6 +12,7 @@ from runtime.cli import main, setup_phase
 from runtime.config import Plan
 
 if TYPE_CHECKING:
+    from runtime.alarms import Watch
     from runtime.progress import Progress
     from runtime.runlog import RunLog
     from runtime.session import Session
@@ -20,9 +21,11 @@ if TYPE_CHECKING:
 
 def run(plan: Plan) -> None:
     """Train as the plan says; leave checkpoints, metrics, videos and a report in `run_dir`."""
+    from runtime.alarms import Watch
     from runtime.outcome import Outcome
     from runtime.plan import describe
     from runtime.progress import Progress
+    from runtime.runlog import read
     from runtime.session import Session
     from runtime.signals import StopFlag
     from runtime.timing import PhaseTimer
@@ -37,6 +40,7 @@ def run(plan: Plan) -> None:
         stop = stack.enter_context(StopFlag())
         log = settings.logger.open(session.run_dir, plan.config, session.iteration)
         stack.callback(log.close)
+        watch = Watch(settings.alarms, [row for row in read(session.run_dir) if row["step"] <= session.iteration])
         outcome = Outcome(session, log, progress)
         session.on_step = progress.rollout_step
         outcome.begin()
@@ -44,7 +48,7 @@ def run(plan: Plan) -> None:
             outcome.evaluate()
         timer = PhaseTimer(session.synchronize)
         while session.iteration < settings.updates and not stop.requested:
-            iterate(session, timer, log, progress)
+            iterate(session, timer, log, progress, watch)
             last = session.iteration == settings.updates
             if last or stop.requested or session.iteration % settings.saving.every == 0:
                 session.save()
@@ -60,7 +64,7 @@ def due(session: Session) -> bool:
     return done >= settings.updates or (every > 0 and done % every == 0)
 
 
-def iterate(session: Session, timer: PhaseTimer, log: RunLog, progress: Progress) -> None:
+def iterate(session: Session, timer: PhaseTimer, log: RunLog, progress: Progress, watch: Watch) -> None:
     """One iteration: act, decode, score, learn, log."""
     timer.reset()
     progress.phase("rollout")
@@ -72,6 +76,7 @@ def iterate(session: Session, timer: PhaseTimer, log: RunLog, progress: Progress
         metrics = session.score(rollout, video)
     with timer.phase("update"):
         metrics |= session.update(rollout)
+    metrics |= watch.check(metrics)
     seconds = timer.seconds()
     log.log(session.iteration, {**metrics, **{f"seconds/{name}": value for name, value in seconds.items()}})
     algorithm = session.settings.algorithm

@@ -27,6 +27,9 @@ SMOOTHED_FROM = 20  # a series of fewer updates is shown as it is
 
 LINES = {  # key: title; what is drawn after the rewards and the motion error
     "group_std": "Reward spread inside a group (std)",
+    "signs/edges": "Edges: mean slope of brightness",
+    "signs/motion": "Motion: mean change from frame to frame",
+    "signs/diversity": "Diversity: pixel std inside a group",
     "kl": "KL to the reference policy (nats per latent value)",
     "clip_fraction": "Clipped ratios (fraction of steps)",
     "ratio_deviation": "Largest |ratio - 1|",

@@ -8,7 +8,7 @@ from typing import Any
 BEGUN = "training/begun.json"
 
 # Keys that say where and how long a run goes, not what it computes: a resumed run may change them.
-VOLATILE = ("run_dir", "resume", "updates", "saving", "evaluation.every", "logger", "device")
+VOLATILE = ("run_dir", "resume", "updates", "saving", "evaluation.every", "logger", "device", "alarms")
 
 
 def identity(config: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 from rich.text import Text
 
+from runtime.alarms import sentences
+
 TERMS = "reward_terms/"
 
 
@@ -117,6 +119,8 @@ def summary(metrics: Mapping[str, float], seconds: Mapping[str, float]) -> str:
     dropped, norm = metrics.get("groups_dropped", 0), metrics.get("grad_norm", 0.0)
     parts += [f"dropped {dropped:.0f} group{'' if dropped == 1 else 's'}"] if dropped else []
     parts += [] if math.isfinite(norm) else [f"gradient norm {norm}: step left out"]
+    alarms = sentences(metrics)
+    parts += [f"ALARM {', '.join(alarms)}"] if alarms else []
     phases = " ".join(f"{name} {value:.1f}" for name, value in seconds.items())
     return "  ".join([*parts, f"[{phases} s]"] if phases else parts)
 

@@ -11,7 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from runtime import runlog, verdict, videos
+from runtime import alarms, runlog, verdict, videos
 from runtime.report_page import PAGE
 
 FILE = "report.html"
@@ -73,12 +73,12 @@ def write(run_dir: Path) -> Path:
     if not run_dir.is_dir():
         raise FileNotFoundError(f"run_dir={run_dir}: no such folder; it looks like outputs/grpo/<run>")
     evaluation, environment = _json(run_dir / "evaluation.json"), _json(run_dir / "environment.json")
-    table = changes(evaluation)
+    table, rows = changes(evaluation), runlog.read(run_dir)
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     html = page.from_string(PAGE).render(
         name=run_dir.resolve().name,
-        sentences=headline(evaluation),
-        cards=[table[key] for key in CARDS if key in table] + training_reward(runlog.read(run_dir), table),
+        sentences=[*headline(evaluation), *filter(None, [alarms.summary(rows)])],
+        cards=[table[key] for key in CARDS if key in table] + training_reward(rows, table),
         table=list(table.values()),
         sets=[name for name in SETS if isinstance(evaluation.get(name), dict)],
         measured=_measured(evaluation),

@@ -17,6 +17,7 @@ from data.draws import Stream, generator
 from envs.rollout import RolloutCollector
 from envs.schedules import All, Deterministic
 from envs.transitions import CPS
+from metrics.signs import signs
 from policies.actor import Actor
 from policies.adapters import ReferencePolicy
 from policies.causality import Causality
@@ -25,6 +26,7 @@ from policies.sampler import sample_rollout
 from rewards.base import RewardContext
 from rewards.composite import Composite, metrics_of
 from runtime import checkpoint
+from runtime.alarms import SIGN
 from runtime.episodes import Episodes, fixed_clips
 from runtime.evaluation import Judge, Sample, divergence, follow, measure, sample
 from runtime.settings import Settings
@@ -106,7 +108,8 @@ class Session:
         reward = float(rollout["reward"][valid].mean()) if bool(valid.any()) else float("nan")
         share = rollout["stochastic"].float().mean((0, 1)).tolist()
         chosen = {f"stochastic/step_{n}": value for n, value in enumerate(share)}
-        return {"reward": reward, **named, **metrics, **chosen}
+        seen = {f"{SIGN}{name}": value for name, value in signs(video, group).items()}
+        return {"reward": reward, **named, **metrics, **chosen, **seen}
 
     def update(self, rollout: TensorDictBase) -> dict[str, float]:
         """Learn from a scored rollout; return means over its mini-batches.

@@ -177,6 +177,26 @@ class Saving:
 
 
 @dataclass(frozen=True)
+class Alarms:
+    """When a run warns that a reward may be cheated; it warns and goes on.
+
+    Attributes:
+        warmup: first updates, whose mean the later ones are compared with.
+        factor: edges, motion or diversity inside a group that grow or shrink by more set off an alarm.
+        kl: KL to the initial policy, nats per latent value, above which there is an alarm.
+    """
+
+    warmup: int = 5
+    factor: float = 2.0
+    kl: float = 0.05
+
+    def __post_init__(self) -> None:
+        _at_least(self, "alarms", 1, "warmup")
+        require(math.isfinite(self.factor) and self.factor > 1, f"alarms.factor must be more than 1, got {self.factor}")
+        _positive(self, "alarms", "kl")
+
+
+@dataclass(frozen=True)
 class Settings:
     """One experiment.
 
@@ -193,6 +213,7 @@ class Settings:
         scoring: how the terms of reward become one number.
         evaluation: how progress is measured.
         saving: when checkpoints are written.
+        alarms: when a run warns that a reward may be cheated.
         algorithm: how to learn from a scored rollout.
         model: the networks and their weights.
         adaptation: which weights are trained.
@@ -218,6 +239,7 @@ class Settings:
     scoring: Scoring
     evaluation: Evaluation
     saving: Saving
+    alarms: Alarms
     algorithm: Component
     model: Component
     adaptation: Component
