@@ -42,8 +42,8 @@ def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["reward=nosuch"], ["reward=nosuch does not exist", "aesthetic, motion, smoothness"]),
-        (["reward=motion+nosuch"], ["reward=nosuch does not exist", "aesthetic, motion, smoothness"]),
+        (["reward=nosuch"], ["reward=nosuch does not exist", "aesthetic, identity, motion, remote, smoothness"]),
+        (["reward=motion+nosuch"], ["reward=nosuch does not exist", "aesthetic, identity, motion, remote, smoothness"]),
         (["algorithm=nosuch"], ["algorithm=nosuch", "grpo"]),
         (["schedule=nosuch"], ["random_k", "single", "window"]),
         (["transition=nosuch"], ["cps, dance_sde, flow_sde, ode"]),

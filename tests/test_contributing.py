@@ -47,7 +47,7 @@ def test_a_reward_in_a_scratch_folder_works_from_the_command_line(folder: Path) 
     assert (bad.returncode, bad.stderr) == (2, "error: reward.redness.gain must be positive, got -1.0\n")
 
     listed = experiment(folder, "reward=nosuch")
-    assert "choose one of aesthetic, motion, redness, smoothness" in listed.stderr
+    assert "choose one of aesthetic, identity, motion, redness, remote, smoothness" in listed.stderr
 
     shown = experiment(folder, "--help", "reward=redness")
     assert "reward=redness" in shown.stdout and "factor of the difference" in shown.stdout
