@@ -28,14 +28,14 @@ from runtime.cells import (
     weights_of,
 )
 
-# The last stage of algorithms/pretraining/chain.py, with steps that take about as long as the default number of GRPO
+# The last stage of algorithms/pretraining/chain.py, with steps that take about as long as 200 GRPO
 # updates (the table gives seconds). Most of the clips are new to the student.
 SUPERVISED = (
     "stage.from_teacher=false",
     "stage.eta=0",
     "stage.track_noise=4",
     "stage.teacher_forcing.steps=0",
-    "stage.own_history.steps=750",
+    "stage.own_history.steps=1250",
     "stage.own_history.lr=2e-3",
     "stage.own_history.ema=0.995",
     "stage.match=false",
@@ -97,7 +97,7 @@ def main() -> None:
     """Run what is missing and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--updates", type=int, default=120, help="GRPO updates per run")
+    parser.add_argument("--updates", type=int, default=200, help="GRPO updates per run")
     parser.add_argument("--clips", type=int, default=128, help="held-out clips")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one CPU thread each")
     parser.add_argument("--out", type=Path, default=Path("outputs/learn"))
