@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.train import iterate
+from runtime.alarms import Watch
 from runtime.progress import Progress
 from runtime.session import Session
 from runtime.timing import PhaseTimer
@@ -25,7 +26,7 @@ def phases(session: Session, iterations: int) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder, Progress(iterations + 1) as progress:
         log = session.settings.logger.open(Path(folder), session.config)
         for _ in range(iterations + 1):
-            iterate(session, timer, log, progress)
+            iterate(session, timer, log, progress, Watch(session.settings.alarms))
             rows.append(timer.seconds())
         log.close()
     median = {name: statistics.median(row[name] for row in rows[1:]) for name in rows[0]}
