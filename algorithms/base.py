@@ -81,7 +81,8 @@ class Compared(Updates):
     Attributes:
         credit: which rewards a frame answers for: `per_frame` its own (the paper), `return_to_go` the sum of its own
             and all later ones, `clip` the sum over the clip.
-        history_baseline: take out of a frame's score what the reward of the frame before it predicts.
+        history_baseline: take out of a frame's score what the reward of the frame before it predicts; with
+            `credit=clip`, where all frames share one score, nothing.
         shuffle_advantages: permute scores inside each group: the control in which nothing can be learned.
     """
 
@@ -106,7 +107,7 @@ class Compared(Updates):
 
         reward, valid = rollout["reward"], group_valid(rollout["valid"], group_size)
         score = credited(reward, self.credit)
-        if self.history_baseline:
+        if self.history_baseline and self.credit != "clip":  # a clip has one score for all its frames
             score = without_history(score, reward, valid, group_size)
         if self.shuffle_advantages:
             seed, iteration = rollout["key"][0, :2].tolist()

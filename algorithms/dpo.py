@@ -59,6 +59,8 @@ class DPO(Compared):
 
         score, valid, metrics = self.scores(rollout, group_size)
         role = pair_roles(score, group_size, self.pairs, self.margin) * valid[..., None]
+        if self.credit != "clip":  # a frame without a stochastic step decided nothing
+            role = role * rollout["stochastic"].any(-1)[..., None]
         rollout["role"] = role
         rollout["group_size"] = torch.full((len(role),), group_size, device=role.device)
         rollout["mask"] = rollout["stochastic"] & role.ne(0).any(-1, keepdim=True)

@@ -148,6 +148,10 @@ def step1(settings: Settings) -> None:
             settings.checkpoint is None or not getattr(stage, option, False),
             f"checkpoint={settings.checkpoint} has no effect with stage.{option}=true; take one of them out",
         )
+    require(
+        settings.optimizer.ema == 0,
+        f"optimizer.ema={settings.optimizer.ema} has no effect here; take it out (some stages average by their own ema)",
+    )
     wide = getattr(settings.strategy, "frames", 0)
     require(
         wide <= settings.rollout.frames,

@@ -178,6 +178,23 @@ def test_dpo_by_hand(credit: str) -> None:
     assert metrics["pairs"] == 2
 
 
+def test_a_clip_is_one_decision_for_all_its_frames_and_a_frame_without_a_draw_is_none() -> None:
+    rollout = TensorDict(
+        {
+            "reward": random(16, 5).cumsum(1),
+            "valid": torch.ones(16, 5, dtype=torch.bool),
+            "stochastic": torch.zeros(16, 5, 2, dtype=torch.bool),
+        },
+        [16],
+    )
+    rollout["stochastic"][:, 2, 0] = True
+    DPO(credit="clip").prepare(rollout, 8)
+    role = rollout["role"]
+    assert torch.equal(role, role[:, :1].expand_as(role)) and role.abs().max() == 1
+    metrics = DPO(margin=0.0).prepare(rollout, 8)
+    assert metrics["pairs"] == 2 * 2 and not rollout["role"][:, [0, 1, 3, 4]].any()
+
+
 def test_dpo_takes_whole_groups_and_starts_at_no_preference() -> None:
     settings = DPO()
     actor, module = setting(settings)

@@ -136,6 +136,7 @@ def test_distillation_into_adapters(model: Path, tmp_path: Path) -> None:
         (["stage.eta=1.5"], r"stage.eta must lie in \[0, 1\]"),
         (["stage.dmd.batch=9"], "a batch repeats no clip"),
         (["adaptation=lora"], "stage.from_teacher=false"),
+        (["optimizer.ema=0.9"], "optimizer.ema=0.9 has no effect"),
         (["strategy.exit=sometimes"], "per_video, per_frame"),
         (["stage.match=false", *(f"stage.{name}.steps=0" for name in NAMES[:-1])], "nothing to do"),
     ],
