@@ -150,7 +150,7 @@ def step1(settings: Settings) -> None:
         )
     require(
         settings.optimizer.ema == 0,
-        f"optimizer.ema={settings.optimizer.ema} has no effect here; take it out (some stages average by their own ema)",
+        f"optimizer.ema={settings.optimizer.ema} has no effect here; take it out (stages have an ema of their own)",
     )
     wide = getattr(settings.strategy, "frames", 0)
     require(
