@@ -6,12 +6,21 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from algorithms.advantages import (
+    STD,
+    credited,
+    group_advantage,
+    group_valid,
+    shuffle_in_groups,
+    without_history,
+)
 from data.draws import Stream, seed_of
 
 if TYPE_CHECKING:
     from tensordict import TensorDictBase
     from torch import Tensor
 
+    from algorithms.policy_loss import Terms
     from envs.transitions import Transition
     from policies.actor import Actor
     from policies.adapters import ReferencePolicy
@@ -73,6 +82,12 @@ class Updates:
             if getattr(self, name) < 1:
                 raise ValueError(f"algorithm.{name} must be at least 1, got {getattr(self, name)}")
 
+    def loss_module(self, actor: Actor, reference: ReferencePolicy | None) -> Any:
+        """The TorchRL `LossModule` of this algorithm: by default `PolicyLoss` around its pure `loss`."""
+        from algorithms.policy_loss import PolicyLoss
+
+        return PolicyLoss(self, actor, reference)
+
 
 @dataclass(frozen=True)
 class Compared(Updates):
@@ -103,8 +118,6 @@ class Compared(Updates):
             Scores `[B, M]`; `[B, M]` bool, True in groups without a failure; and numbers to log: spread of rewards
             inside these groups (nan where there is none), groups dropped.
         """
-        from algorithms.advantages import credited, group_valid, shuffle_in_groups, without_history
-
         reward, valid = rollout["reward"], group_valid(rollout["valid"], group_size)
         score = credited(reward, self.credit)
         if self.history_baseline and self.credit != "clip":  # a clip has one score for all its frames
@@ -135,21 +148,52 @@ class GroupRelative(Compared):
         super().__post_init__()
         positive(self, "advantage_eps")
         one_of(self, "normalize", NORMALIZE)
-        one_of(self, "advantage_std", ("unbiased", "biased"))
+        one_of(self, "advantage_std", STD)
 
-    def prepare(self, rollout: TensorDictBase, group_size: int) -> dict[str, float]:
-        """Add `advantage [B, M]` and `mask [B, M, N]` (stochastic steps of groups that are valid) to a scored rollout.
+    def compare(self, rollout: TensorDictBase, group_size: int) -> tuple[Tensor, dict[str, float]]:
+        """Add `advantage [B, M]` to a scored rollout.
 
         Returns:
-            Numbers to log, see `scores`.
+            `[B, M]` bool, True in groups without a failure; and numbers to log, see `scores`.
         """
-        from algorithms.advantages import group_advantage
-
         score, valid, metrics = self.scores(rollout, group_size)
         how = (self.advantage_std, self.normalize, self.advantage_eps)
         rollout["advantage"] = group_advantage(score, group_size, *how, valid)
+        return valid, metrics
+
+    def prepare(self, rollout: TensorDictBase, group_size: int) -> dict[str, float]:
+        """Add `advantage [B, M]` and `mask [B, M, N]`, the stochastic steps of groups that are valid."""
+        valid, metrics = self.compare(rollout, group_size)
         rollout["mask"] = rollout["stochastic"] & valid[..., None]
         return metrics
+
+
+def clipped_terms(
+    settings: Any,
+    log_ratio: Tensor,
+    advantage: Tensor,
+    weight: Tensor | None,
+    scores: TensorDictBase,
+    batch: TensorDictBase,
+    initial: TensorDictBase | None,
+) -> Terms:
+    """Clipped surrogate and KL of a mini-batch.
+
+    Args:
+        settings: an algorithm with `clip` (in multiples of 1 / sqrt(D)), `log_ratio_clamp` and `kl_weight`.
+        log_ratio: `[B, M, N]`; advantage broadcasts with it.
+        advantage: see `clipped_surrogate`.
+        weight: factor of each step's loss, `[B, M, N]`.
+        scores: under the weights being trained.
+        batch: `mask [B, M, N]`, `latents` (for D).
+        initial: under the initial policy; None: no KL.
+    """
+    from algorithms.losses import clipped_surrogate
+
+    clip = settings.clip / math.sqrt(batch["latents"].shape[3:].numel())
+    objective, metrics = clipped_surrogate(log_ratio, advantage, batch["mask"], clip, settings.log_ratio_clamp, weight)
+    penalty, kl = kl_loss(settings.kl_weight, scores, initial, batch["mask"])
+    return {"objective": objective, "kl": penalty}, {**metrics, "kl": kl}
 
 
 def kl_loss(
@@ -179,11 +223,6 @@ def even_weights(transition: Transition, batch: TensorDictBase) -> Tensor:
 
     now, later = levels(batch)
     return step_weights(gradient_scale(transition, now, later), later > 0)
-
-
-def per_latent(clip: float, batch: TensorDictBase) -> float:
-    """A trust region in multiples of 1 / sqrt(D) for latents of D values."""
-    return clip / math.sqrt(batch["latents"].shape[3:].numel())
 
 
 def at_least(settings: object, low: float, *names: str) -> None:

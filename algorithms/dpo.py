@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from algorithms.base import Compared, kl_loss, positive
 
@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 
     from algorithms.policy_loss import Terms
     from envs.transitions import Transition
-    from policies.actor import Actor
-    from policies.adapters import ReferencePolicy
 
 
 @dataclass(frozen=True)
@@ -65,12 +63,6 @@ class DPO(Compared):
         rollout["group_size"] = torch.full((len(role),), group_size, device=role.device)
         rollout["mask"] = rollout["stochastic"] & role.ne(0).any(-1, keepdim=True)
         return {**metrics, "pairs": float(role.clamp(min=0).sum())}
-
-    def loss_module(self, actor: Actor, reference: ReferencePolicy | None) -> Any:
-        """The TorchRL `LossModule` of this algorithm."""
-        from algorithms.policy_loss import PolicyLoss
-
-        return PolicyLoss(self, actor, reference)
 
     def loss(
         self, scores: TensorDictBase, batch: TensorDictBase, transition: Transition, initial: TensorDictBase | None

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from algorithms.base import GroupRelative, even_weights, kl_loss, per_latent, positive
+from algorithms.base import GroupRelative, clipped_terms, even_weights, positive
 
 if TYPE_CHECKING:
     from tensordict import TensorDictBase
 
     from algorithms.policy_loss import Terms
     from envs.transitions import Transition
-    from policies.actor import Actor
-    from policies.adapters import ReferencePolicy
 
 
 @dataclass(frozen=True)
@@ -36,12 +34,6 @@ class GRPO(GroupRelative):
         super().__post_init__()
         positive(self, "clip", "log_ratio_clamp")
 
-    def loss_module(self, actor: Actor, reference: ReferencePolicy | None) -> Any:
-        """The TorchRL `LossModule` of this algorithm."""
-        from algorithms.policy_loss import PolicyLoss
-
-        return PolicyLoss(self, actor, reference)
-
     def loss(
         self, scores: TensorDictBase, batch: TensorDictBase, transition: Transition, initial: TensorDictBase | None
     ) -> Terms:
@@ -53,15 +45,6 @@ class GRPO(GroupRelative):
             transition: kernel of the stochastic steps.
             initial: `mean` under the initial policy; None: no KL.
         """
-        from algorithms.losses import clipped_surrogate
-
-        objective, metrics = clipped_surrogate(
-            scores["log_prob"] - batch["log_prob"],
-            batch["advantage"][..., None],
-            batch["mask"],
-            per_latent(self.clip, batch),
-            self.log_ratio_clamp,
-            even_weights(transition, batch) if self.step_rescaling else None,
-        )
-        penalty, kl = kl_loss(self.kl_weight, scores, initial, batch["mask"])
-        return {"objective": objective, "kl": penalty}, {**metrics, "kl": kl}
+        log_ratio, advantage = scores["log_prob"] - batch["log_prob"], batch["advantage"][..., None]
+        weight = even_weights(transition, batch) if self.step_rescaling else None
+        return clipped_terms(self, log_ratio, advantage, weight, scores, batch, initial)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from algorithms.base import GroupRelative, kl_loss, levels, per_latent, positive
+from algorithms.base import GroupRelative, clipped_terms, levels, positive
 
 if TYPE_CHECKING:
     from tensordict import TensorDictBase
@@ -51,19 +51,11 @@ class Guard(GroupRelative):
         A step's loss is divided by its length |sigma' - sigma| and multiplied by the mean length of a frame's steps, so
         that the learning rate keeps its meaning.
         """
-        from algorithms.losses import clipped_surrogate, guarded_log_ratio, step_weights
+        from algorithms.losses import guarded_log_ratio, step_weights
 
         now, later = levels(batch)
-        ratio = guarded_log_ratio(
+        log_ratio = guarded_log_ratio(
             scores["log_prob"] - batch["log_prob"], scores["mean"], batch["mean_old"], scores["std"]
         )
-        objective, metrics = clipped_surrogate(
-            ratio,
-            batch["advantage"][..., None],
-            batch["mask"],
-            per_latent(self.clip, batch),
-            self.log_ratio_clamp,
-            step_weights(now - later, later > 0),
-        )
-        penalty, kl = kl_loss(self.kl_weight, scores, initial, batch["mask"])
-        return {"objective": objective, "kl": penalty}, {**metrics, "kl": kl}
+        weight = step_weights(now - later, later > 0)
+        return clipped_terms(self, log_ratio, batch["advantage"][..., None], weight, scores, batch, initial)

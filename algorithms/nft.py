@@ -24,7 +24,7 @@ class NFT(GroupRelative):
         strength: how far the positive and the negative velocity stand from those of the policy that acted (the paper's
             beta).
         advantage_max: advantage at which a frame counts as wholly good, and its negative as wholly bad.
-        draws: noise levels and noises per clip and pass.
+        draws: noise levels and noises per clip, the same in every pass over a rollout.
     """
 
     needs_log_prob: ClassVar[bool] = False
@@ -41,11 +41,9 @@ class NFT(GroupRelative):
             raise ValueError(f"algorithm.draws must be at least 1, got {self.draws}")
 
     def prepare(self, rollout: TensorDictBase, group_size: int) -> dict[str, float]:
-        """Add `advantage [B, M]` and `mask [B, M]` (frames of groups that are valid); see `GroupRelative.prepare`."""
-        from algorithms.advantages import group_valid
-
-        metrics = super().prepare(rollout, group_size)
-        rollout["mask"] = group_valid(rollout["valid"], group_size).clone()
+        """Add `advantage [B, M]` and `mask [B, M]`, the frames of groups that are valid."""
+        valid, metrics = self.compare(rollout, group_size)
+        rollout["mask"] = valid.clone()
         return metrics
 
     def loss_module(self, actor: Actor, reference: ReferencePolicy | None) -> Any:

@@ -2,49 +2,33 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
-from torchrl.objectives import LossModule
 
 from algorithms.losses import masked_mean, nft_loss
+from algorithms.policy_loss import PolicyLoss
 from data.draws import Stream, generator
 
-if TYPE_CHECKING:
-    from algorithms.nft import NFT
-    from policies.actor import Actor
-    from policies.adapters import ReferencePolicy
 
-
-class NFTLoss(LossModule):
+class NFTLoss(PolicyLoss):
     """Noise the finished frames of a mini-batch and compare velocities, each frame given its clip's finished ones.
 
     Noise levels are the policy's own, those that a step begins at; a chunk shares its level.
-
-    Args:
-        settings: the algorithm.
-        actor: the policy being trained.
-        reference: the initial policy; None where `kl_weight` is 0.
     """
-
-    def __init__(self, settings: NFT, actor: Actor, reference: ReferencePolicy | None) -> None:
-        super().__init__()
-        self.settings, self.reference, self.actor = settings, reference, actor
 
     @torch.no_grad()
     def begin(self, rollout: TensorDictBase) -> dict[str, float]:
         """Add noise levels `forward_sigma [B, K, M]`, noise `forward_eps` and the velocities of the weights that acted
         `forward_old`, both `[B, K, M, C, h, w]`, for K draws; keyed by (seed, iteration, prompt, sample).
         """
-        chunk, sigma = self.actor.causality.chunk, rollout["sigma"]
+        rule, sigma = self.actor.causality, rollout["sigma"]
         levels, noises = [], []
         for row, key in enumerate(rollout["key"].tolist()):
             rng = generator(Stream.TRAINING, *key, 18)
             frames, last = sigma.shape[1], sigma.shape[2] - 1
-            size = (self.settings.draws, -(-frames // chunk))
-            steps = torch.from_numpy(rng.integers(last, size=size)).repeat_interleave(chunk, 1)[:, :frames]
+            drawn = torch.from_numpy(rng.integers(last, size=(self.settings.draws, rule.chunks(frames))))
+            steps = rule.spread(drawn, frames)
             levels.append(sigma[row].cpu().gather(1, steps.T).T)
             shape = (self.settings.draws, *rollout["latents"][row, :, -1].shape)
             noises.append(torch.from_numpy(rng.standard_normal(shape, dtype="float32")))

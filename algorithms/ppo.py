@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from algorithms.base import Updates, even_weights, kl_loss, one_of, per_latent, positive
+from algorithms.base import Updates, clipped_terms, even_weights, one_of, positive
 
 if TYPE_CHECKING:
     from tensordict import TensorDictBase
@@ -78,15 +78,6 @@ class PPO(Updates):
         self, scores: TensorDictBase, batch: TensorDictBase, transition: Transition, initial: TensorDictBase | None
     ) -> Terms:
         """Pure loss of the policy on a mini-batch; see `GRPO.loss`. Here `advantage` is `[B, M, N]`."""
-        from algorithms.losses import clipped_surrogate
-
-        objective, metrics = clipped_surrogate(
-            scores["log_prob"] - batch["log_prob"],
-            batch["advantage"],
-            batch["mask"],
-            per_latent(self.clip, batch),
-            self.log_ratio_clamp,
-            even_weights(transition, batch) if self.step_rescaling else None,
-        )
-        penalty, kl = kl_loss(self.kl_weight, scores, initial, batch["mask"])
-        return {"objective": objective, "kl": penalty}, {**metrics, "kl": kl}
+        log_ratio = scores["log_prob"] - batch["log_prob"]
+        weight = even_weights(transition, batch) if self.step_rescaling else None
+        return clipped_terms(self, log_ratio, batch["advantage"], weight, scores, batch, initial)

@@ -121,13 +121,13 @@ def learn_preferences(
 
     initial = copy.deepcopy(network).requires_grad_(False)
     table = torch.tensor(sigmas[:-1])
-    count, frames, chunk = pairs.latents.shape[1], pairs.latents.shape[2], causality.chunk
+    count, frames = pairs.latents.shape[1:3]
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = generator(Stream.TRAINING, seed, 20, step)
         rows = torch.from_numpy(rng.choice(count, min(settings.batch, count), replace=False))
-        drawn = torch.from_numpy(rng.integers(len(table), size=(len(rows), -(-frames // chunk))))
-        sigma = table[drawn].repeat_interleave(chunk, 1)[:, :frames].to(pairs.latents)
+        drawn = torch.from_numpy(rng.integers(len(table), size=(len(rows), causality.chunks(frames))))
+        sigma = causality.spread(table[drawn], frames).to(pairs.latents)
         shape = (len(rows), *pairs.latents.shape[2:])
         eps = torch.from_numpy(rng.standard_normal(shape, dtype="float32")).to(pairs.latents)
         now = flow_errors(network, pairs, rows, sigma, eps, causality)

@@ -31,6 +31,14 @@ class Causality:
             if getattr(self, name) < least:
                 raise ValueError(f"causality.{name} must be at least {least}, got {getattr(self, name)}")
 
+    def chunks(self, frames: int) -> int:
+        """Number of chunks of a clip; the last may be cut short."""
+        return -(-frames // self.chunk)
+
+    def spread(self, values: Any, frames: int) -> Any:
+        """Give every frame its chunk's value: a tensor `[..., chunks]` -> `[..., frames]`."""
+        return values.repeat_interleave(self.chunk, -1)[..., :frames]
+
     def visible(self, query_segment: Any, query_frame: Any, key_segment: Any, key_frame: Any) -> Any:
         """Say whether a query token may attend to a key token; elementwise over integers or integer tensors.
 

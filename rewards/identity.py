@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from metrics.motion import counted
 from rewards.base import RewardContext, RewardTerm, check_weight, finite_samples, per_latent_mean
 
 if TYPE_CHECKING:
@@ -51,8 +52,7 @@ class Identity:
         if tracker is None:
             raise ValueError("the identity reward has no tracker; call prepare(context) before score")
         asked = batch.trajectory.to(video.device)
-        counts = asked.presence & asked.presence[..., :1]
-        counts = counts.index_fill(-1, counts.new_zeros(1).long(), False)
+        counts = counted(asked)
         points = asked.xy[:, :, 0].where(asked.presence[:, :, 0, None], 0)
         tracks = tracker.track(video, points)
         now = patches(video, tracks.xy, self.radius)

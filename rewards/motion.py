@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from metrics.motion import drag_score
+from metrics.motion import counted, drag_score
 from rewards.base import RewardContext, RewardTerm, check_weight, finite_samples, per_latent_mean
 
 if TYPE_CHECKING:
@@ -84,8 +84,7 @@ class Motion:
                 f"the video is {tuple(video.shape[2:])} but the drag was asked for "
                 f"{asked.num_frames} frames of {asked.height}x{asked.width}"
             )
-        counts = asked.presence & asked.presence[..., :1]
-        counts = counts.index_fill(-1, counts.new_zeros(1).long(), False)
+        counts = counted(asked)
         tracks = self._follow(tracker, video, asked.xy[:, :, 0].where(asked.presence[:, :, 0, None], 0))
         alpha, scale = self.constants
         finite = finite_samples(video)

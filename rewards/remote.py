@@ -196,10 +196,9 @@ def answer(term: RewardTerm) -> bytes:
     """An answer: value, validity, metrics."""
     from safetensors.torch import save
 
-    tensors = {"value": term.value.detach().float().cpu(), "valid": term.valid.cpu()}
+    tensors = {"value": term.value.detach().float().cpu().contiguous(), "valid": term.valid.cpu().contiguous()}
     metrics = {name: value for name, value in term.metrics.items() if math.isfinite(value)}
-    found = {name: value.contiguous() for name, value in tensors.items()}
-    return save(found, {"format": FORMAT, TEXT: json.dumps({"metrics": metrics})})
+    return save(tensors, {"format": FORMAT, TEXT: json.dumps({"metrics": metrics})})
 
 
 def read_answer(body: bytes, samples: int, frames: int) -> RewardTerm:

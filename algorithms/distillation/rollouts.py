@@ -80,13 +80,13 @@ def exit_steps(student: Student, scope: str, clean: bool = False) -> Tensor:
     With `clean` N is among them, noise level 0. Keyed by the state's (seed, iteration, prompt, sample), so that a
     rollout is a function of its key.
     """
-    state, chunk = student.state, student.causality.chunk
+    state, rule = student.state, student.causality
     frames, steps = state["stochastic"].shape[1:]
-    chunks = -(-frames // chunk)
+    chunks = rule.chunks(frames)
     rows = []
     for key in state["key"].tolist():
         drawn = generator(Stream.TRAINING, *key, 9).integers(steps + clean, size=1 if scope == "per_video" else chunks)
-        rows.append(torch.from_numpy(drawn).expand(chunks).repeat_interleave(chunk)[:frames])
+        rows.append(rule.spread(torch.from_numpy(drawn).expand(chunks), frames))
     return torch.stack(rows).to(state["sigma"].device)
 
 
@@ -136,8 +136,8 @@ def window(student: Student, frames: int) -> Tensor:
 
     The last chunk of a clip may be cut short; every chunk is in some window.
     """
-    shape, chunk = student.state["stochastic"].shape[:2], student.causality.chunk
-    chunks, wide = -(-shape[1] // chunk), -(-frames // chunk)
+    shape, rule = student.state["stochastic"].shape[:2], student.causality
+    chunk, chunks, wide = rule.chunk, rule.chunks(shape[1]), rule.chunks(frames)
     rng = generator(Stream.TRAINING, *student.state["key"][0].tolist(), 10)
     first = int(rng.integers(max(1, chunks - wide + 1))) * chunk
     mask = torch.zeros(shape, dtype=torch.bool, device=student.truth.device)

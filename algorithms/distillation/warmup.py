@@ -57,9 +57,9 @@ def finer(sigmas: Tensor, substeps: int) -> Tensor:
 def teacher_forcing(student: Student, key: tuple[int, ...], shift: float) -> Loss:
     """Flow matching of every frame at a noise level of its own, given the true frames before it (Eq. 7, causal)."""
     truth, rng = student.truth, generator(Stream.TRAINING, *key)
-    chunk, frames = student.causality.chunk, student.truth.shape[1]
-    u = torch.from_numpy(rng.uniform(size=(len(truth), -(-frames // chunk)))).float()
-    sigma = shifted(u, shift).repeat_interleave(chunk, 1)[:, :frames].to(truth.device)
+    rule, frames = student.causality, truth.shape[1]
+    u = torch.from_numpy(rng.uniform(size=(len(truth), rule.chunks(frames)))).float()
+    sigma = rule.spread(shifted(u, shift), frames).to(truth.device)
     eps = torch.from_numpy(rng.standard_normal(tuple(truth.shape), dtype="float32")).to(truth.device)
     x = noised(truth, eps, sigma)
     return flow_matching_loss(student.velocity(truth, x, sigma), truth, eps)
@@ -71,12 +71,12 @@ def own_history(student: Student, key: tuple[int, ...], share: float) -> Loss:
     history looks like, so the student learns to come back from its own mistakes.
     """
     truth, rng = student.truth, generator(Stream.TRAINING, *key)
-    chunk, (frames, steps) = student.causality.chunk, student.state["stochastic"].shape[1:]
-    own = generate(student.network, student.kernel, student.causality, student.state).latents[:, :, -1]
+    rule, (frames, steps) = student.causality, student.state["stochastic"].shape[1:]
+    own = generate(student.network, student.kernel, rule, student.state).latents[:, :, -1]
     chosen = torch.from_numpy(rng.uniform(size=len(truth)) < share).to(truth.device)
     history = torch.where(chosen[:, None, None, None, None], own, truth)
-    drawn = torch.from_numpy(rng.integers(steps, size=(len(truth), -(-frames // chunk)))).to(truth.device)
-    sigma = student.levels(drawn.repeat_interleave(chunk, 1)[:, :frames])
+    drawn = torch.from_numpy(rng.integers(steps, size=(len(truth), rule.chunks(frames)))).to(truth.device)
+    sigma = student.levels(rule.spread(drawn, frames))
     eps = torch.from_numpy(rng.standard_normal(tuple(truth.shape), dtype="float32")).to(truth.device)
     return flow_matching_loss(student.velocity(history, noised(truth, eps, sigma), sigma), truth, eps)
 

@@ -172,13 +172,13 @@ class Chain:
             (self.out / NOTE).write_text(json.dumps({"control": MODES[0]}) + "\n")
         else:
             model = self._load(start)
-        negative = self._codecs()[1].encode([how.stage.negative_prompt])
+        negative = self._text().encode([how.stage.negative_prompt])
         trained = finetune(pools, how.stage, model, negative, how.updates, how.seed, self.report, to / STATE)
         save(trained, to / name)
 
     def _study(self, start: str, name: str, how: Studying, to: Path) -> None:
         pools = self._pools(how.stage.pool, how.stage.track_noise)
-        negative = self._codecs()[1].encode([how.stage.negative_prompt])
+        negative = self._text().encode([how.stage.negative_prompt])
         run = Distillation(how.stage, SelfRollout(), how.causality, how.sigmas, how.updates, how.seed, self.report)
         student, teacher = self._load(start), self._load(how.stage.teacher)
         save(run.run(student, teacher, negative, pools, to), to / name)
@@ -187,18 +187,17 @@ class Chain:
         with torch.random.fork_rng():  # a new model draws weights, which are replaced
             return CausalWanTransformer3DModel.from_pretrained(self.out / name, local_files_only=True)
 
-    def _codecs(self) -> tuple[VideoCodec, TextCodec]:
-        video = VideoCodec(AutoencoderKLWan.from_pretrained(self.out / "vae", local_files_only=True))
-        text = TextCodec(
+    def _text(self) -> TextCodec:
+        return TextCodec(
             AutoTokenizer.from_pretrained(self.out / "tokenizer", local_files_only=True),
             UMT5EncoderModel.from_pretrained(self.out / "text_encoder", local_files_only=True),
             self.recipe.towers.text_length,
         )
-        return video, text
 
     def _encode(self, count: int, track_noise: float) -> list[LatentPool]:
         """Encoded training clips of every frame size."""
-        video, text = self._codecs()
+        video = VideoCodec(AutoencoderKLWan.from_pretrained(self.out / "vae", local_files_only=True))
+        text = self._text()
         return [encode_pool(self.world, video, text, b, count, track_noise=track_noise) for b in self.world.buckets]
 
     def _stage(self, name: str, stage: Any, parts: list[str], train: Callable[[Any, Path], None]) -> None:
