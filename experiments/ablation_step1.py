@@ -12,8 +12,6 @@ on where it stopped.
 
 from __future__ import annotations
 
-import argparse
-import statistics
 from pathlib import Path
 
 from runtime.cells import (
@@ -22,9 +20,13 @@ from runtime.cells import (
     Cell,
     Probe,
     Row,
+    arguments,
     arms_of,
+    figure,
     many_steps,
+    markdown,
     mean_seconds,
+    plot_ranges,
     publish,
     run_all,
     spread,
@@ -105,8 +107,8 @@ def whole(name: str, path: str, shared: tuple[str, ...]) -> Cell:
 
 def table(rows: list[Row]) -> str:
     """Markdown: a line per arm, mean ± standard deviation over seeds; further samplers and lengths by motion error."""
-    heads = [*METRICS.values(), *(f"{name}: px" for name in PROBES.values())]
-    lines = ["| | seeds | " + " | ".join(heads) + " | seconds |", "|---" * (len(heads) + 3) + "|"]
+    heads = ["", "seeds", *METRICS.values(), *(f"{name}: px" for name in PROBES.values()), "seconds"]
+    lines = []
     for arm, members in arms_of(rows).items():
         values = [spread([m["after"][key] for m in members]) for key in METRICS]
         values += [
@@ -115,44 +117,30 @@ def table(rows: list[Row]) -> str:
             else ""
             for name in PROBES
         ]
-        lines.append(f"| {arm} | {len(members)} | {' | '.join(values)} | {mean_seconds(members)} |")
+        lines.append([arm, str(len(members)), *values, mean_seconds(members)])
     truth = next(r for r in rows if r["truth"])["truth"]
     extractor = next((r["extractor"] for r in rows if r.get("extractor")), "?")
-    rest = " |" * (len(PROBES) + 1)
-    lines.append("| true clips | | " + " | ".join(f"{truth[key]:.3f}" for key in METRICS) + " |" + rest)
-    lines += ["", f"Frechet distances are between features of {extractor}."]
-    return "\n".join(lines) + "\n"
+    lines.append(["true clips", "", *(f"{truth[key]:.3f}" for key in METRICS), *[""] * (len(PROBES) + 1)])
+    return markdown(heads, lines) + f"\nFrechet distances are between features of {extractor}.\n"
 
 
 def draw(rows: list[Row], path: Path) -> None:
     """Plot the error along clips of four times the training length: mean over seeds, and its range."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    found = {}
     for arm, members in arms_of(rows).items():
         curves = [m["probes"]["long4"]["error_by_frame"] for m in members]
-        frames = range(1, len(curves[0]) + 1)
-        columns = list(zip(*curves, strict=True))
-        axes.plot(frames, [statistics.mean(c) for c in columns], label=arm.replace("_", " "))
-        axes.fill_between(frames, [min(c) for c in columns], [max(c) for c in columns], alpha=0.15)
+        found[arm] = (range(1, len(curves[0]) + 1), curves)
+    page, axes = figure(width=8)
+    plot_ranges(axes, found)
     axes.axvline(FRAMES - 1, color="0.5", linestyle="--", linewidth=1)
     axes.annotate("end of the clips in training", (FRAMES - 0.8, 0), xycoords=("data", "axes fraction"), color="0.4")
     axes.set(xlabel="latent frame", ylabel="motion error, px", ylim=(0, None))
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    page.savefig(path, dpi=120)
 
 
 def main() -> None:
     """Run what is missing; write table and figure."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--clips", type=int, default=64, help="held-out clips")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one CPU thread each")
-    parser.add_argument("--out", type=Path, default=Path("outputs/step1"))
+    parser = arguments(__doc__, "outputs/step1", clips=64)
     parser.add_argument("--initial", default="initial", help="the initial model, as model.transformer names it")
     parser.add_argument("--teacher", default="teacher", help="the teacher, likewise")
     parser.add_argument("options", nargs="*", help="overrides of distill.py, such as updates=100")

@@ -8,7 +8,6 @@ part in the reward. The result is `docs/results/compare.jsonl` (one line per cel
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 from pathlib import Path
@@ -19,10 +18,14 @@ from runtime.cells import (
     Cell,
     Probe,
     Row,
+    arguments,
     arms_of,
     evaluated,
+    figure,
     interval,
+    markdown,
     mean_seconds,
+    plot_ranges,
     publish,
     run_all,
     spread,
@@ -54,48 +57,36 @@ def with_curve(folder: Path) -> Row:
 def table(rows: list[Row]) -> str:
     """Markdown: a line per algorithm, mean ± standard deviation over seeds, and the change against the student."""
     student = next(row for row in rows if row["arm"] == "student")["after"]
-    heads = [*METRICS.values(), "KL to the student, nats per latent value", "motion error against the student, 95 %"]
-    lines = ["| | seeds | " + " | ".join(heads) + " | seconds |", "|---" * (len(heads) + 3) + "|"]
+    last = ["KL to the student, nats per latent value", "motion error against the student, 95 %", "seconds"]
+    lines = []
     for arm, members in arms_of(rows).items():
         values = [spread([m["after"][key] for m in members]) for key in METRICS]
         moved = [m["probes"]["kl"]["after"]["kl_to_start"] for m in members if m["probes"]]
         values.append(f"{statistics.mean(moved):.4f}" if moved else "")
         change = [100 * (m["after"]["motion_error_px"] / student["motion_error_px"] - 1) for m in members]
         values.append("[{:+.1f}, {:+.1f}] %".format(*interval(change)) if len(change) > 1 else "")
-        lines.append(f"| {arm} | {len(members)} | {' | '.join(values)} | {mean_seconds(members)} |")
-    return "\n".join(lines) + "\n"
+        lines.append([arm, str(len(members)), *values, mean_seconds(members)])
+    return markdown(["", "seeds", *METRICS.values(), *last], lines)
 
 
 def draw(rows: list[Row], path: Path) -> None:
     """Plot held-out motion error over updates: mean over seeds, and its range."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    found = {}
     for arm, members in arms_of(rows).items():
         curves = [member["curve"] for member in members if member["curve"]]
-        if not curves:
-            continue
-        updates = [point["update"] for point in curves[0]]
-        columns = list(zip(*([point["motion_error_px"] for point in curve] for curve in curves), strict=True))
-        axes.plot(updates, [statistics.mean(column) for column in columns], marker="o", label=arm)
-        axes.fill_between(updates, *map(list, zip(*((min(c), max(c)) for c in columns), strict=True)), alpha=0.12)
+        if curves:
+            errors = [[point["motion_error_px"] for point in curve] for curve in curves]
+            found[arm] = ([point["update"] for point in curves[0]], errors)
+    page, axes = figure()
+    plot_ranges(axes, found, marker="o")
     axes.set(xlabel="updates, each of the same number of generated frames", ylabel="held-out motion error, px")
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    page.savefig(path, dpi=120)
 
 
 def main() -> None:
     """Run what is missing; write table and figure."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=3)
+    parser = arguments(__doc__, "outputs/compare", clips=64)
     parser.add_argument("--updates", type=int, default=120, help="updates per run")
-    parser.add_argument("--clips", type=int, default=64, help="held-out clips")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one CPU thread each")
-    parser.add_argument("--out", type=Path, default=Path("outputs/compare"))
     parser.add_argument("options", nargs="*", help="overrides of every run, such as schedule=all")
     options = parser.parse_args()
     todo = cells(options.seeds, options.updates, options.clips, options.options)

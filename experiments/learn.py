@@ -11,16 +11,15 @@ cell) and `docs/results/learn.md` (the table).
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 from runtime.cells import (
     ROOT,
     Cell,
     Row,
+    arguments,
     arms_of,
     interval,
     many_steps,
+    markdown,
     mean_seconds,
     publish,
     run_all,
@@ -80,27 +79,21 @@ def change(members: list[Row], student: dict[str, float]) -> str:
 def table(rows: list[Row]) -> str:
     """Markdown: a line per arm, mean ± standard deviation over seeds, and the change against the student."""
     student = next(r for r in rows if r["arm"] == "student")["after"]
-    lines = [
-        "| | seeds | " + " | ".join(METRICS.values()) + " | motion error against the student | seconds of training |",
-        "|---" * (len(METRICS) + 4) + "|",
-    ]
+    heads = ["", "seeds", *METRICS.values(), "motion error against the student", "seconds of training"]
+    lines = []
     for arm, members in arms_of(rows).items():
         values = [spread([m["after"][key] for m in members]) for key in METRICS]
         each = change(members, student) if arm != "student" else ""
-        lines.append(f"| {arm} | {len(members)} | {' | '.join(values)} | {each} | {mean_seconds(members)} |")
+        lines.append([arm, str(len(members)), *values, each, mean_seconds(members)])
     truth = next(r for r in rows if r["truth"])["truth"]
-    lines.append("| true clips | | " + " | ".join(f"{truth[key]:.3f}" for key in METRICS) + " | | |")
-    return "\n".join(lines) + "\n"
+    lines.append(["true clips", "", *(f"{truth[key]:.3f}" for key in METRICS), "", ""])
+    return markdown(heads, lines)
 
 
 def main() -> None:
     """Run what is missing and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=3)
+    parser = arguments(__doc__, "outputs/learn", clips=128)
     parser.add_argument("--updates", type=int, default=200, help="GRPO updates per run")
-    parser.add_argument("--clips", type=int, default=128, help="held-out clips")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one CPU thread each")
-    parser.add_argument("--out", type=Path, default=Path("outputs/learn"))
     options = parser.parse_args()
     todo, weights = cells(options.seeds, options.updates, options.clips), weights_of(ROOT / "assets" / "tiny")
     rows = run_all(todo, options.out, weights, options.jobs)

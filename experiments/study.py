@@ -17,8 +17,20 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from runtime.cells import RESULTS, ROOT, Cell, Row, publish, run_all, weights_of
+from runtime.cells import (
+    RESULTS,
+    ROOT,
+    Cell,
+    Row,
+    figure,
+    markdown,
+    publish,
+    run_all,
+    seconds_of,
+    weights_of,
+)
 from runtime.identity import flatten
+from runtime.runlog import read
 from runtime.schema import TARGET
 
 KERNELS = {"cps": ("transition=cps",), "flow_sde": ("transition=flow_sde", "transition.eta=0.7")}
@@ -62,10 +74,10 @@ def schedule_table(rows: list[Row]) -> str:
     """Markdown: a line per kernel and schedule; samples for the same signal are relative to the first line's."""
     sizes = list(rows[0]["signal"])
     middle = "8" if "8" in sizes else sizes[0]
-    heads = ["excess noise", "std of returns", "motion error, px", "ms per sample: rollout", "update"]
+    heads = ["", "excess noise", "std of returns", "motion error, px", "ms per sample: rollout", "update"]
     heads += [f"signal, groups of {size}, 1/1000" for size in sizes]
     heads += [f"samples for the same signal, groups of {middle}"]
-    lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    lines = []
     for row in rows:
         metrics, seconds = row["metrics"], row["seconds_per_sample"]
         values = [
@@ -76,13 +88,13 @@ def schedule_table(rows: list[Row]) -> str:
             *(f"{1000 * row['signal'][s]['share']:.2f} ± {1000 * row['signal'][s]['error']:.2f}" for s in sizes),
             f"{need(row, middle) / need(rows[0], middle):.2f} x",
         ]
-        lines.append(f"| {row['arm'].replace('_', ' ')} | {' | '.join(values)} |")
-    return "\n".join(lines) + "\n"
+        lines.append([row["arm"].replace("_", " "), *values])
+    return markdown(heads, lines)
 
 
 def draw_schedules(rows: list[Row], path: Path) -> None:
     """Plot signal against group size, one panel per kernel, with standard errors."""
-    figure, panels = _figure(len(KERNELS))
+    page, panels = figure(len(KERNELS), width=11, height=4.2, sharey=True)
     for axes, kernel in zip(panels, KERNELS, strict=True):
         for row in (row for row in rows if row["arm"].startswith(kernel + "_")):
             sizes = [int(size) for size in row["signal"]]
@@ -94,7 +106,7 @@ def draw_schedules(rows: list[Row], path: Path) -> None:
         axes.axhline(0, color="0.7", linewidth=1)
     panels[0].set_ylabel("signal, 1/1000 of a prompt's gradient energy")
     panels[-1].legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=120)
+    page.savefig(path, dpi=120)
 
 
 def runs_in(folder: Path) -> list[Path]:
@@ -115,8 +127,8 @@ def curve(folder: Path) -> Row:
     evaluation = json.loads((folder / "evaluation.json").read_text())
     config: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
     spent, seconds = {0: 0.0}, 0.0
-    for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
-        seconds += sum(value for key, value in row.items() if key.startswith("seconds/"))
+    for row in read(folder):
+        seconds += seconds_of(row)
         spent[int(row["step"])] = seconds
     r = config["rollout"]
     frames = r["prompts"] * r["group_size"] * r["frames"]
@@ -142,20 +154,20 @@ def named(rows: list[Row]) -> list[Row]:
 
 def curve_table(rows: list[Row]) -> str:
     """Markdown: first and last measurement of every run, and what it took."""
-    heads = ["motion error, px: before", "after", "best", "aesthetic", "Frechet", "seconds", "latent frames"]
-    lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    heads = ["", "motion error, px: before", "after", "best", "aesthetic", "Frechet", "seconds", "latent frames"]
+    lines = []
     for row in rows:
         first, last = row["points"][0], row["points"][-1]
         best = min(point["motion_error_px"] for point in row["points"])
         values = [f"{x:.3f}" for x in (first["motion_error_px"], last["motion_error_px"], best, last["aesthetic"])]
         values += [f"{last['frechet']:.3f}", f"{last['seconds']:.0f}", str(last["frames"])]
-        lines.append(f"| {row['arm']} | {' | '.join(values)} |")
-    return "\n".join(lines) + "\n"
+        lines.append([row["arm"], *values])
+    return markdown(heads, lines)
 
 
 def draw_curves(rows: list[Row], path: Path) -> None:
     """Plot held-out motion error against wall time and against generated frames."""
-    figure, panels = _figure(2)
+    page, panels = figure(2, width=11, height=4.2, sharey=True)
     for axes, key, label in zip(panels, ("seconds", "frames"), ("seconds of training", "latent frames"), strict=True):
         for row in rows:
             errors = [point["motion_error_px"] for point in row["points"]]
@@ -163,16 +175,7 @@ def draw_curves(rows: list[Row], path: Path) -> None:
         axes.set_xlabel(label)
     panels[0].set_ylabel("held-out motion error, px")
     panels[-1].legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=120)
-
-
-def _figure(panels: int) -> tuple[Any, Any]:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    return plt.subplots(1, panels, figsize=(5.5 * panels, 4.2), layout="constrained", sharey=True)
+    page.savefig(path, dpi=120)
 
 
 def _last_word(key: str, value: Any) -> str:

@@ -6,6 +6,7 @@ goes on from what it left.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
@@ -13,13 +14,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from runtime.checkpoint import replace_text, sha256
+from runtime.runlog import read as read_log
 from runtime.verdict import t95
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -116,6 +118,43 @@ def publish(name: str, rows: Sequence[Row], table: str) -> None:
     print(table)
 
 
+def markdown(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    rows = [heads, ["---"] * len(heads), *lines]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def arguments(about: str, out: str, clips: int) -> argparse.ArgumentParser:
+    """Command line that scripts of tables share: seeds, clips, jobs and the folder of the cells."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--clips", type=int, default=clips, help="held-out clips")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one CPU thread each")
+    parser.add_argument("--out", type=Path, default=Path(out))
+    return parser
+
+
+def plot_ranges(
+    axes: Any, curves: Mapping[str, tuple[Sequence[float], Sequence[Sequence[float]]]], marker: str = ""
+) -> None:
+    """Plot one line per arm, the mean over seeds, with their range: arm -> (x, a curve per seed)."""
+    for arm, (x, members) in curves.items():
+        columns = list(zip(*members, strict=True))
+        axes.plot(x, [statistics.mean(column) for column in columns], marker=marker, label=arm.replace("_", " "))
+        axes.fill_between(x, [min(column) for column in columns], [max(column) for column in columns], alpha=0.15)
+    axes.legend(frameon=False)
+
+
+def figure(panels: int = 1, width: float = 7.5, height: float = 4.5, **options: Any) -> tuple[Any, Any]:
+    """A figure that needs no screen, and its axes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    return plt.subplots(1, panels, figsize=(width, height), layout="constrained", **options)
+
+
 def arms_of(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Rows by arm, in the order of the rows."""
     return {row["arm"]: [other for other in rows if other["arm"] == row["arm"]] for row in rows}
@@ -179,8 +218,12 @@ def training_seconds(folder: Path, evaluation: dict[str, Any]) -> int | None:
         return round(evaluation["seconds"])
     if not metrics.is_file():
         return None
-    rows = map(json.loads, metrics.read_text().splitlines())
-    return round(sum(value for row in rows for key, value in row.items() if key.startswith("seconds/")))
+    return round(sum(map(seconds_of, read_log(folder))))
+
+
+def seconds_of(row: Row) -> float:
+    """Seconds of a logged update, over all phases."""
+    return float(sum(value for key, value in row.items() if key.startswith("seconds/")))
 
 
 def spread(values: list[float]) -> str:
