@@ -243,17 +243,13 @@ class Clips:
 
     def _given(self, source: _Source) -> Trajectory:
         """The track file of a clip, in pixels and frames of the source."""
-        from tracking.readers import read_trajectory
-        from tracking.transforms import extend, resize
+        from tracking.readers import read_for_clip
+        from tracking.transforms import extend
 
         path = source.tracks
         assert path is not None
-        # a stroke (.txt) is drawn on a canvas of its own, and our own format says its size; other
-        # coordinates are the image's
-        own_size = path.suffix in (".txt", ".npz")
-        size = None if own_size else (source.height, source.width)
-        trajectory = read_trajectory(path, size, source.fps, frames=source.length)
-        return extend(resize(trajectory, source.height, source.width), source.length)
+        trajectory = read_for_clip(path, (source.height, source.width), source.fps, source.length)
+        return extend(trajectory, source.length)
 
 
 def _last(total: int, share: float) -> range:

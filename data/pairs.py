@@ -109,15 +109,14 @@ def _drag(
 ) -> Trajectory:
     import torch
 
-    from tracking.readers import read_trajectory
+    from tracking.readers import read_for_clip
     from tracking.trajectory import Trajectory
-    from tracking.transforms import cut, extend, resize, to_bucket
+    from tracking.transforms import cut, extend, to_bucket
 
     if tracks is None:
         absent = torch.zeros(1, frames, dtype=torch.bool)
         return Trajectory(torch.zeros(1, frames, 2), absent.float(), absent, *bucket, fps / step)
-    own_size = tracks.suffix in (".txt", ".npz")
-    given = resize(read_trajectory(tracks, None if own_size else size, fps), *size)
+    given = read_for_clip(tracks, size, fps)
     return to_bucket(extend(cut(extend(given, frames * step), frames, 0, step), frames), bucket)
 
 

@@ -63,6 +63,17 @@ def read_trajectory(
     return trajectory
 
 
+def read_for_clip(path: Path, size: tuple[int, int], fps: float, frames: int | None = None) -> Trajectory:
+    """Read the track file of a clip of `size` (height, width), in pixels of the clip; see `read_trajectory`.
+
+    A stroke (.txt) is drawn on a canvas of its own, and our own format says its size; other coordinates are the clip's.
+    """
+    from tracking.transforms import resize
+
+    own_size = path.suffix in (".txt", ".npz")
+    return resize(read_trajectory(path, None if own_size else size, fps, frames=frames), *size)
+
+
 def write_trajectory(path: str | Path, trajectory: Trajectory) -> None:
     """Write one `[K, T]` trajectory in the project's own format (`.npz`), atomically."""
     path = Path(path)
