@@ -148,8 +148,8 @@ def main() -> None:
     todo = cells(options.seeds, options.clips, options.initial, options.teacher, options.options)
     parts = (*JUDGES, options.initial, options.teacher)
     weights = " ".join(weights_of(Pretrained("assets/tiny", transformer=part).network) for part in parts)
-    rows = run_all(todo, options.out, weights, options.jobs)
-    publish("step1", rows, table(rows))
+    rows = run_all("step1", todo, options.out, weights, options.jobs)
+    publish("step1", table(rows))
     draw(rows, RESULTS / "step1.png")
 
 

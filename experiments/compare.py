@@ -1,8 +1,9 @@
 """Algorithms side by side: `python experiments/compare.py` (`make compare`).
 
-Every algorithm with its defaults, from the same student, with the same number of generated frames, for every seed; all
-are measured on the same held-out clips and noise, with the last weights, by a tracker and a vision tower that took no
-part in the reward. The result is `docs/results/compare.jsonl` (one line per cell), `compare.md` (the table) and
+Every algorithm from the same student, with the same number of generated frames and of optimizer steps, for every seed;
+all are measured on the same held-out clips and noise, with the last weights, by a tracker and a vision tower that took
+no part in the reward. Each rollout is used for two optimizer steps: at the first every ratio is 1, at the second
+clipping and the normalisation of ratios act. The result is `docs/results/compare.jsonl` (one line per cell), `compare.md` (the table) and
 `compare.png` (held-out motion error against generated frames). Interrupt it at will: it goes on where it stopped.
 """
 
@@ -33,19 +34,19 @@ from runtime.cells import (
 )
 
 ALGORITHMS = ("grpo", "ppo", "dpo", "nft", "guard")
+STEPS = ("algorithm.epochs=1", "algorithm.minibatches=2")
 METRICS = {"motion_error_px": "motion error, px", "aesthetic": "aesthetic", "frechet": "Frechet"}
 
 
 def cells(seeds: int, updates: int, clips: int, options: list[str]) -> list[Cell]:
-    """The student as it is, and a run of every algorithm for every seed."""
-    shared = (f"evaluation.clips={clips}", "logger=local")
+    """The student as it is, and a run of every algorithm for every seed; `options` are overrides of all of them."""
+    shared = (f"evaluation.clips={clips}", "logger=local", *options)
     found = [Cell("student", 0, "evaluate.py", shared)]
-    for name in ALGORITHMS:
-        for seed in range(seeds):
-            rl = (f"algorithm={name}", f"updates={updates}", "evaluation.every=30", "saving.every=10")
+    for seed in range(seeds):
+        for name in ALGORITHMS:
+            rl = (f"algorithm={name}", f"updates={updates}", *STEPS, "evaluation.every=20", "saving.every=10")
             moved = Probe("kl", (*shared, f"checkpoint={{folder}}/checkpoints/step_{updates:06d}"))
-            overrides = (*shared, *rl, *options, f"seed={seed}", "resume=true")
-            found.append(Cell(name, seed, "train.py", overrides, (moved,)))
+            found.append(Cell(name, seed, "train.py", (*rl, *shared, f"seed={seed}", "resume=true"), (moved,)))
     return found
 
 
@@ -86,12 +87,12 @@ def draw(rows: list[Row], path: Path) -> None:
 def main() -> None:
     """Run what is missing; write table and figure."""
     parser = arguments(__doc__, "outputs/compare", clips=64)
-    parser.add_argument("--updates", type=int, default=120, help="updates per run")
+    parser.add_argument("--updates", type=int, default=60, help="updates per run, of 2 optimizer steps")
     parser.add_argument("options", nargs="*", help="overrides of every run, such as schedule=all")
     options = parser.parse_args()
     todo = cells(options.seeds, options.updates, options.clips, options.options)
-    rows = run_all(todo, options.out, weights_of(ROOT / "assets" / "tiny"), options.jobs, with_curve)
-    publish("compare", rows, table(rows))
+    rows = run_all("compare", todo, options.out, weights_of(ROOT / "assets" / "tiny"), options.jobs, with_curve)
+    publish("compare", table(rows))
     draw(rows, RESULTS / "compare.png")
 
 

@@ -96,8 +96,8 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=200, help="GRPO updates per run")
     options = parser.parse_args()
     todo, weights = cells(options.seeds, options.updates, options.clips), weights_of(ROOT / "assets" / "tiny")
-    rows = run_all(todo, options.out, weights, options.jobs)
-    publish("learn", rows, table(rows))
+    rows = run_all("learn", todo, options.out, weights, options.jobs)
+    publish("learn", table(rows))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Tables of many runs: each cell is a run of its own, in a folder of its own, and is run once.
 
-A finished cell is not run again as long as its command and the weights it starts from are the same; an unfinished one
-goes on from what it left.
+A finished cell is not run again as long as its command and the weights it starts from are the same: its result stands in
+`docs/results/<table>.jsonl`, which is committed. An unfinished one goes on from what it left in its folder.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,25 +95,53 @@ def evaluated(folder: Path) -> Row:
 
 
 def run_all(
-    cells: Sequence[Cell], out: Path, weights: str, jobs: int, read: Callable[[Path], Row] = evaluated
+    table: str, cells: Sequence[Cell], out: Path, weights: str, jobs: int, read: Callable[[Path], Row] = evaluated
 ) -> list[Row]:
     """Run what is missing, `jobs` cells at a time on one CPU thread each; results in the order of `cells`.
 
-    `read` tells what a cell's folder holds when its run is done.
+    Results are kept in `docs/results/<table>.jsonl` as they come; what stands there already is not run again.
+
+    Args:
+        table: name of the file of results.
+        cells: what to run.
+        out: folder of the cells' folders.
+        weights: hash of all weights that a cell may start from or be judged by.
+        jobs: cells at a time.
+        read: tells what a cell's folder holds when its run is done.
     """
-    rows = []
+    path = RESULTS / f"{table}.jsonl"
+    known = {(row["command"], row["weights"]): row for row in rows_in(path)}
+    found = {cell.name: known[key] for cell in cells if (key := (cell.command, weights)) in known}
+    others = [row for row in known.values() if row["weights"] == weights and row not in found.values()]
+
+    def keep(name: str, row: Row) -> None:
+        found[name] = row
+        write_rows(path, [*(found[cell.name] for cell in cells if cell.name in found), *others])
+        error = f": motion error {row['after']['motion_error_px']:.3f} px" if row.get("after") else " is done"
+        print(f"{name}{error}", flush=True)
+
     with ThreadPoolExecutor(jobs) as pool:
-        for cell, row in zip(cells, pool.map(lambda cell: run(cell, out, 1, weights, read), cells), strict=True):
-            error = f": motion error {row['after']['motion_error_px']:.3f} px" if row.get("after") else " is done"
-            print(f"{cell.name}{error}", flush=True)
-            rows.append(row)
-    return rows
+        missing = [cell for cell in cells if cell.name not in found]
+        runs = {pool.submit(run, cell, out, 1, weights, read): cell.name for cell in missing}
+        for done in as_completed(runs):
+            keep(runs[done], done.result())
+    return [found[cell.name] for cell in cells]
 
 
-def publish(name: str, rows: Sequence[Row], table: str) -> None:
-    """Write `docs/results/<name>.jsonl` (a line per cell) and `<name>.md` (the table), and print the table."""
+def rows_in(path: Path) -> list[Row]:
+    """Results in a file of JSON lines; none where there is no such file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Write results as JSON lines, the whole file at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def publish(name: str, table: str) -> None:
+    """Write `docs/results/<name>.md` and print it."""
     RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (RESULTS / f"{name}.md").write_text(table)
     print(table)
 

@@ -58,6 +58,22 @@ def test_another_command_or_other_weights_are_refused(
         cells.run(Cell("arm", 3, "evaluate.py", changed), tmp_path, 1, weights)
 
 
+def test_a_result_that_is_recorded_is_not_made_again(
+    tmp_path: Path, started: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the folders of the runs are gone, as in a fresh clone; results of other weights are replaced."""
+    monkeypatch.setattr(cells, "RESULTS", tmp_path / "results")
+    todo = [Cell("arm", seed, "evaluate.py", (f"seed={seed}",)) for seed in range(3)]
+    first = cells.run_all("table", todo[:2], tmp_path / "runs", "w", 2)
+    assert [row["seed"] for row in first] == [0, 1] and len(started) == 2
+    again = cells.run_all("table", todo[1:], tmp_path / "elsewhere", "w", 1)
+    assert [row["seed"] for row in again] == [1, 2] and len(started) == 3
+    recorded = cells.rows_in(tmp_path / "results" / "table.jsonl")
+    assert sorted(row["seed"] for row in recorded) == [0, 1, 2], "a part of the table keeps the rest"
+    cells.run_all("table", todo[:1], tmp_path / "others", "other", 1)
+    assert len(started) == 4 and len(cells.rows_in(tmp_path / "results" / "table.jsonl")) == 1
+
+
 def test_weights_are_told_apart_by_content_and_place(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "m.safetensors").write_bytes(b"1")
@@ -128,8 +144,10 @@ def test_the_cells_of_step_1_are_all_arms_and_seeds() -> None:
 
 def test_the_comparison_of_algorithms(tmp_path: Path) -> None:
     made = compare.cells(2, 50, 8, ["schedule=all"])
-    assert [c.name for c in made[:3]] == ["student_0", "grpo_0", "grpo_1"] and len(made) == 1 + 2 * 5
-    assert all("schedule=all" in c.overrides and "step_000050" in c.probes[0].overrides[-1] for c in made[1:])
+    assert [c.name for c in made[:3]] == ["student_0", "grpo_0", "ppo_0"] and len(made) == 1 + 2 * 5
+    assert all("schedule=all" in c.overrides for c in made)
+    assert all("schedule=all" in p.overrides and "step_000050" in p.overrides[-1] for c in made for p in c.probes)
+    assert all({"algorithm.epochs=1", "algorithm.minibatches=2"} <= set(c.overrides) for c in made[1:])
     points = [{"update": n, "motion_error_px": 4.0 - n / 50} for n in (0, 50)]
     moved = {"kl": {"after": {"kl_to_start": 0.01}}}
     rows = [row("student", 0, 4.0) | {"curve": None}]
