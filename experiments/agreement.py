@@ -3,13 +3,17 @@
 Rolls out and scores `updates` times at fixed weights, each time other clips, and compares the gradients of single
 prompts. The mean cosine between two of them is the share of an update's energy that every prompt agrees on; the rest is
 noise. It tells within minutes whether a reward, an advantage, a schedule or a choice of layers can teach this policy
-anything. Done for groups of 4, 8, ... samples up to `rollout.group_size`; the result is `<run_dir>/agreement.json`.
+anything. Done for groups of 4, 8, ... samples up to `rollout.group_size`: a rollout's samples are compared in all its
+groups of that size. The result is `<run_dir>/agreement.json`; among it are the same shares of `REPLICATES` resamples of
+the prompts, the same resamples in every run of as many prompts, so that two runs can be compared pair by pair.
 """
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,31 +24,44 @@ if TYPE_CHECKING:
     from tensordict import TensorDictBase
     from torch import Tensor
 
+    from policies.actor import Actor
     from runtime.session import Session
 
-SMALLEST = 4
+SMALLEST, REPLICATES = 4, 200
+Signal = dict[str, Any]
 
 
-def agreement(gradients: Tensor) -> tuple[float, float]:
-    """Mean cosine between rows of `gradients [n, D]`, n of 3 or more, and its jackknife standard error.
+def agreement(whole: Tensor, first: Tensor, second: Tensor) -> Signal:
+    """Share of a prompt's gradient that prompts agree on: mean inner product of two prompts over mean energy of one.
 
-    Each coordinate is divided by its root mean square over the rows first, as Adam does.
+    Each coordinate is divided by its root mean square over prompts first, as Adam does. That and the energy come from
+    different groups where there are several: otherwise noise in the one would count as signal in the other.
+
+    Args:
+        whole: gradients `[n, D]` of n prompts, 3 or more, each the mean over the prompt's groups.
+        first, second: gradients `[n, D]` of one group of each prompt, and of another; the same where it has only one.
+
+    Returns:
+        `share`, its jackknife standard error `error`, and `replicates`: shares of resampled prompts.
     """
-    import torch
+    import numpy as np
 
-    scaled = gradients / gradients.square().mean(0).sqrt().clamp(min=torch.finfo(gradients.dtype).tiny)
-    gram = (scaled @ scaled.T).double()
+    scale = first.square().mean(0).sqrt()
+    alive = scale > 0
+    energy = (second[:, alive] / scale[alive]).square().sum(1).double().numpy()
+    scaled = (whole[:, alive] / scale[alive]).double()
+    gram = (scaled @ scaled.T).numpy()
+    np.fill_diagonal(gram, 0.0)  # a prompt says nothing about its agreement with itself, drawn twice or not
 
-    def share(rows: Tensor) -> float:
-        part = gram[rows][:, rows]
-        n, energy = len(rows), part.trace()
-        return float((part.sum() - energy) / (n - 1) / energy)
+    def share(times: Any) -> float:
+        pairs = times.sum() ** 2 - np.square(times).sum()
+        return float(times @ gram @ times / pairs * times.sum() / (times @ energy)) if pairs else float("nan")
 
     n = len(gram)
-    every = torch.arange(n)
-    without = torch.tensor([share(every[every != i]) for i in range(n)])
-    error = ((n - 1) / n * (without - without.mean()).square().sum()).sqrt()
-    return share(every), float(error)
+    without = np.array([share(1.0 - row) for row in np.eye(n)])
+    error = float(np.sqrt((n - 1) / n * np.square(without - without.mean()).sum()))
+    draws = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=REPLICATES).astype(float)
+    return {"share": share(np.ones(n)), "error": error, "replicates": [float(f"{share(row):.5g}") for row in draws]}
 
 
 def group_sizes(largest: int) -> list[int]:
@@ -53,32 +70,60 @@ def group_sizes(largest: int) -> list[int]:
     return [*found, largest]
 
 
-def gradients(session: Session, rollout: TensorDictBase, size: int) -> Tensor:
-    """Gradient `[P, D]` of every prompt's objective from the first `size` samples of its group; the weights stay.
+@contextmanager
+def scored_once(actor: Actor, batch: TensorDictBase) -> Iterator[None]:
+    """Within this, samples of `batch` are scored in one pass whose graph is kept, however often they are asked for."""
+    from functools import cache
 
-    Advantages are those of an update of all prompts with groups of this size.
+    evaluate = actor.evaluate
+    scores, keys = cache(lambda: evaluate(batch)), batch["key"]
+
+    def remembered(part: TensorDictBase) -> TensorDictBase:
+        return scores()[(part["key"][:, None] == keys).all(-1).nonzero()[:, 1]]
+
+    setattr(actor, "evaluate", remembered)  # noqa: B010 - the instance's, which hides the method
+    try:
+        yield
+    finally:
+        delattr(actor, "evaluate")
+
+
+def gradients(session: Session, rollout: TensorDictBase, sizes: list[int]) -> dict[int, list[Tensor]]:
+    """Gradients of every prompt's objective where its samples are compared in groups of each size; the weights stay.
+
+    Args:
+        session: its `rollout.group_size` is a multiple of every size.
+        rollout: scored.
+        sizes: samples of a group.
+
+    Returns:
+        By size what `agreement` takes, `[P, D]` each: of all groups of a prompt, of its first, of its second.
     """
     import torch
 
-    settings = session.settings
-    count, group = settings.rollout.prompts, settings.rollout.group_size
-    rows = torch.arange(count * group).view(count, group)[:, :size]
-    part = rollout[rows.flatten()]
-    settings.algorithm.prepare(part, size)
-    session.loss_module.begin(part)
-    found = []
-    for prompt in part.split(size):
-        loss = session.loss_module(prompt)["loss_objective"]
-        each = torch.autograd.grad(loss, session.parameters, allow_unused=True)
-        found.append(
-            torch.cat(
-                [
-                    torch.zeros(p.numel()) if g is None else g.flatten().cpu()
-                    for p, g in zip(session.parameters, each, strict=True)
-                ]
-            )
-        )
-    return torch.stack(found)
+    compared = {}
+    for size in sizes:
+        compared[size] = rollout.clone(recurse=False)
+        session.settings.algorithm.prepare(compared[size], size)
+        session.loss_module.begin(compared[size])
+    found: dict[int, list[list[Tensor]]] = {size: [] for size in sizes}
+    for rows in torch.arange(len(rollout)).split(session.settings.rollout.group_size):
+        with scored_once(session.actor, rollout[rows]):
+            for size, batch in compared.items():
+                parts = [rows, rows[:size], rows[size : 2 * size]] if size < len(rows) else [rows]
+                each = [_gradient(session, batch[part]) for part in parts]
+                found[size].append(each if len(each) > 1 else 3 * each)
+    return {size: [torch.stack(each) for each in zip(*prompts, strict=True)] for size, prompts in found.items()}
+
+
+def _gradient(session: Session, batch: TensorDictBase) -> Tensor:
+    """Gradient `[D]` of the objective; its graph stays. Weights that take no part have gradient 0."""
+    import torch
+
+    loss = session.loss_module(batch)["loss_objective"]
+    each = torch.autograd.grad(loss, session.parameters, allow_unused=True, retain_graph=True)
+    pairs = zip(session.parameters, each, strict=True)
+    return torch.cat([torch.zeros(p.numel()) if g is None else g.flatten().cpu() for p, g in pairs])
 
 
 def measure(session: Session, rollouts: int) -> dict[str, Any]:
@@ -87,7 +132,8 @@ def measure(session: Session, rollouts: int) -> dict[str, Any]:
     from rich.progress import track
 
     r = session.settings.rollout
-    found: dict[int, list[Tensor]] = {size: [] for size in group_sizes(r.group_size)}
+    sizes = group_sizes(r.group_size)
+    found: dict[int, list[list[Tensor]]] = {size: [] for size in sizes}
     rows, seconds = [], {"rollout": 0.0, "update": 0.0}
     for i in track(range(rollouts), "rollouts"):
         session.iteration, began = i, time.perf_counter()
@@ -96,17 +142,21 @@ def measure(session: Session, rollouts: int) -> dict[str, Any]:
         metrics = session.score(rollout, session.decode(rollout))
         returns = rollout["reward"].sum(1).unflatten(0, (-1, r.group_size))
         rows.append({**metrics, "return_std": float(returns.std(1).mean())})
-        for size, parts in found.items():
-            began = time.perf_counter()
-            parts.append(gradients(session, rollout, size))
-            seconds["update"] += time.perf_counter() - began if size == r.group_size else 0.0
-    signal = {size: agreement(torch.cat(parts)) for size, parts in found.items()}
-    samples = rollouts * r.prompts * r.group_size
+        began = time.perf_counter()
+        gradients(session, rollout[: r.group_size], [r.group_size])
+        seconds["update"] += time.perf_counter() - began
+        for size, parts in gradients(session, rollout, sizes).items():
+            found[size].append(parts)
+    signal = {size: agreement(*map(torch.cat, zip(*parts, strict=True))) for size, parts in found.items()}
+    prompts = rollouts * r.prompts
     return {
-        "prompts": rollouts * r.prompts,
-        "signal": {str(size): {"share": share, "error": error} for size, (share, error) in signal.items()},
+        "prompts": prompts,
+        "signal": {str(size): value for size, value in signal.items()},
         "metrics": {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]},
-        "seconds_per_sample": {name: value / samples for name, value in seconds.items()},
+        "seconds_per_sample": {
+            "rollout": seconds["rollout"] / (prompts * r.group_size),
+            "update": seconds["update"] / (rollouts * r.group_size),
+        },
     }
 
 
@@ -122,6 +172,9 @@ def run(plan: Plan) -> None:
     with setup_phase():
         if rollouts * settings.rollout.prompts < 3:
             raise ValueError(f"updates={rollouts}: gradients of at least 3 prompts are compared; try updates=16")
+        sizes, largest = group_sizes(settings.rollout.group_size), settings.rollout.group_size
+        if any(largest % size for size in sizes):
+            raise ValueError(f"rollout.group_size={largest}: groups of {sizes} are compared; try 8, 16 or 32")
         session = Session(settings, plan.config)
     found = measure(session, rollouts)
     sigma = torch.tensor(settings.rollout.sigmas)

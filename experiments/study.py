@@ -187,7 +187,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     kinds = parser.add_subparsers(dest="kind", required=True)
     fixed = kinds.add_parser("schedules", help="a fixed policy under every schedule")
-    fixed.add_argument("--rollouts", type=int, default=8, help=f"of {PROMPTS} prompts each")
+    fixed.add_argument("--rollouts", type=int, default=4, help=f"of {PROMPTS} prompts each")
     fixed.add_argument("--jobs", type=int, default=2, help="runs at a time, one CPU thread each")
     fixed.add_argument("--out", type=Path, default=Path("outputs/study"))
     fixed.add_argument("--name", default="study_schedules")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,16 +21,34 @@ def test_finds_the_share_of_the_common_direction(share: float) -> None:
     sign = torch.randint(0, 2, (4000,), generator=draws).float() * 2 - 1
     noise = torch.randn(24, 4000, generator=draws)
     gradients = share**0.5 * sign + (1 - share) ** 0.5 * noise
-    found, error = agreement(gradients)
-    assert abs(found - share) < 4 * error + 0.01 and error < 0.02
-    rescaled, _ = agreement(gradients * torch.logspace(-6, 6, 4000))
-    assert rescaled == pytest.approx(found, abs=1e-4)
+    found = agreement(gradients, gradients, gradients)
+    assert abs(found["share"] - share) < 4 * found["error"] + 0.01 and found["error"] < 0.02
+    rescaled = gradients * torch.logspace(-6, 6, 4000)
+    assert agreement(rescaled, rescaled, rescaled)["share"] == pytest.approx(found["share"], abs=1e-4)
+    low, high = np.percentile(found["replicates"], [0.5, 99.5])
+    assert low - 0.01 < share < high + 0.01 and high - low < 0.2
+
+
+def test_means_over_groups_have_the_share_of_one_group_and_less_noise() -> None:
+    """Each prompt has 8 groups: inner products of their means estimate those of single groups."""
+    share, found = 0.04 / 1.04, {"one": [], "mean": []}
+    for seed in range(12):
+        groups = 0.2 + torch.randn(16, 8, 3000, generator=torch.Generator().manual_seed(seed))
+        first, second = groups[:, 0], groups[:, 1]
+        found["one"].append(agreement(first, first, second)["share"])
+        found["mean"].append(agreement(groups.mean(1), first, second)["share"])
+    deviation = {name: np.std(values) for name, values in found.items()}
+    assert deviation["mean"] < 0.7 * deviation["one"]
+    assert np.mean(found["mean"]) == pytest.approx(share, rel=0.04), "16 prompts: no bias from the scale they give"
 
 
 def test_equal_gradients_are_all_signal_and_dead_weights_do_not_count() -> None:
     same = torch.randn(1, 50, generator=torch.Generator().manual_seed(0)).expand(4, 50).clone()
     same[:, :10] = 0
-    assert agreement(same)[0] == pytest.approx(1)
+    found = agreement(same, same, same)
+    assert found["share"] == pytest.approx(1)
+    drawn = [value for value in found["replicates"] if value == value]
+    assert drawn == pytest.approx([1.0] * len(drawn)), "a prompt drawn twice is not a pair"
 
 
 def test_group_sizes_double() -> None:
@@ -44,10 +63,16 @@ def test_gradients_of_prompts_add_up_to_that_of_the_update(model: Path, tmp_path
     session.score(rollout, session.decode(rollout))
     loss = session.loss_module(rollout)["loss_objective"]
     whole = torch.cat([g.flatten() for g in torch.autograd.grad(loss, session.parameters)])
-    each = gradients(session, rollout, 4)
-    assert each.shape == (3, len(whole)) and whole.abs().max() > 0
+    found = gradients(session, rollout, [2, 4])
+    each = found[4][0]
+    assert each.shape == (3, len(whole)) and whole.abs().max() > 0 and torch.equal(each, found[4][1])
     torch.testing.assert_close(each.mean(0), whole, atol=1e-6, rtol=1e-3)
-    assert not torch.allclose(gradients(session, rollout, 2), each)
+    halves = rollout.clone()
+    session.settings.algorithm.prepare(halves, 2)
+    losses = [session.loss_module(halves[rows])["loss_objective"] for rows in ([0, 1, 2, 3], [0, 1], [2, 3])]
+    for loss, expected in zip(losses, found[2], strict=True):
+        slow = torch.cat([g.flatten() for g in torch.autograd.grad(loss, session.parameters)])
+        torch.testing.assert_close(expected[0], slow, atol=1e-6, rtol=1e-3)
     before = [p.detach().clone() for p in session.parameters]
     found = measure(session, 2)
     assert all(torch.equal(a, b) for a, b in zip(before, session.parameters, strict=True)), "the weights stay"
