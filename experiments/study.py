@@ -2,9 +2,10 @@
 
 `python experiments/study.py schedules` measures a fixed policy under every schedule and two kernels: how much of a
 gradient is signal by group size, spread of returns, excess noise, quality and cost of the rollouts. Each cell is a run
-of `agreement.py`; interrupt it at will. `python experiments/study.py curves multirun/...` compares finished runs, such
-as the cells of a sweep: held-out motion error against wall time and against generated frames. Each leaves one table and
-one figure in `docs/results/`: `<name>.jsonl`, `<name>.md`, `<name>.png`.
+of `agreement.py` on the same clips; interrupt it at will.
+`python experiments/study.py curves multirun/...` compares finished runs, such as the cells of a sweep: held-out motion
+error against wall time and against generated frames. Each leaves one table and one figure in `docs/results/`:
+`<name>.jsonl`, `<name>.md`, `<name>.png`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from runtime.cells import (
     run_all,
     seconds_of,
     weights_of,
+    write_rows,
 )
 from runtime.identity import flatten
 from runtime.runlog import read
@@ -64,21 +66,47 @@ def measured(folder: Path) -> Row:
     return {key: value for key, value in found.items() if key != "config"}
 
 
-def need(row: Row, size: str) -> float:
-    """Samples for one unit of signal to noise: n prompts have n share / (1 - share) of it, each of `size` samples."""
-    share = row["signal"][size]["share"]
-    return int(size) * (1 - share) / share if share > 0 else float("nan")
+def need(shares: Any, size: str) -> Any:
+    """Samples for one unit of signal to noise: n prompts have n share / (1 - share) of it, each of `size` samples.
+
+    Infinite where there is no signal.
+    """
+    import numpy as np
+
+    shares = np.asarray(shares, float)
+    return np.where(shares > 0, int(size) * (1 - shares) / np.where(shares > 0, shares, 1.0), np.inf)
+
+
+def times(row: Row, base: Row, size: str, cost: float = 1.0) -> str:
+    """Samples that `row` needs over those that `base` needs for the same signal, times `cost`; 95 % interval over
+    resampled prompts, the same for both.
+    """
+    import numpy as np
+
+    def ratio(key: str) -> Any:
+        return cost * need(row["signal"][size][key], size) / need(base["signal"][size][key], size)
+
+    with np.errstate(invalid="ignore"):  # no signal in both: no ratio
+        value, drawn = float(ratio("share")), ratio("replicates")
+    low, high = np.nanpercentile(drawn, [2.5, 97.5], method="nearest")
+    return f"{value:.2f} [{low:.2f}, {high:.2f}] x"
+
+
+def seconds_of_a_sample(row: Row) -> float:
+    """Seconds that a sample costs in rollout and update; decoding and scoring are the same for all schedules."""
+    return float(sum(row["seconds_per_sample"].values()))
 
 
 def schedule_table(rows: list[Row]) -> str:
-    """Markdown: a line per kernel and schedule; samples for the same signal are relative to the first line's."""
+    """Markdown: a line per kernel and schedule; what the same signal costs is relative to the kernel's first line."""
     sizes = list(rows[0]["signal"])
     middle = "8" if "8" in sizes else sizes[0]
     heads = ["", "excess noise", "std of returns", "motion error, px", "ms per sample: rollout", "update"]
     heads += [f"signal, groups of {size}, 1/1000" for size in sizes]
-    heads += [f"samples for the same signal, groups of {middle}"]
+    heads += [f"samples for the same signal, groups of {middle}", "seconds for the same signal"]
     lines = []
     for row in rows:
+        base = next(each for each in rows if kernel_of(each) == kernel_of(row))
         metrics, seconds = row["metrics"], row["seconds_per_sample"]
         values = [
             ", ".join(f"{x:.3f}" for x in row["excess_noise"]),
@@ -86,17 +114,23 @@ def schedule_table(rows: list[Row]) -> str:
             f"{metrics['motion/error_px']:.2f}" if "motion/error_px" in metrics else "",
             *(f"{1000 * seconds[name]:.0f}" for name in ("rollout", "update")),
             *(f"{1000 * row['signal'][s]['share']:.2f} ± {1000 * row['signal'][s]['error']:.2f}" for s in sizes),
-            f"{need(row, middle) / need(rows[0], middle):.2f} x",
+            times(row, base, middle),
+            times(row, base, middle, seconds_of_a_sample(row) / seconds_of_a_sample(base)),
         ]
         lines.append([row["arm"].replace("_", " "), *values])
     return markdown(heads, lines)
+
+
+def kernel_of(row: Row) -> str:
+    """The kernel of a cell, by its name."""
+    return next(kernel for kernel in KERNELS if row["arm"].startswith(f"{kernel}_"))
 
 
 def draw_schedules(rows: list[Row], path: Path) -> None:
     """Plot signal against group size, one panel per kernel, with standard errors."""
     page, panels = figure(len(KERNELS), width=11, height=4.2, sharey=True)
     for axes, kernel in zip(panels, KERNELS, strict=True):
-        for row in (row for row in rows if row["arm"].startswith(kernel + "_")):
+        for row in (row for row in rows if kernel_of(row) == kernel):
             sizes = [int(size) for size in row["signal"]]
             shares, errors = ([1000 * value[key] for value in row["signal"].values()] for key in ("share", "error"))
             name = row["arm"].removeprefix(kernel + "_").replace("_", " ")
@@ -199,8 +233,9 @@ def main() -> None:
     path = RESULTS / f"{options.name}.png"
     if options.kind == "schedules":
         weights = weights_of(ROOT / "assets" / "tiny")
-        rows = run_all(cells(options.rollouts, options.options), options.out, weights, options.jobs, measured)
-        publish(options.name, rows, schedule_table(rows))
+        todo = cells(options.rollouts, options.options)
+        rows = run_all(options.name, todo, options.out, weights, options.jobs, measured)
+        publish(options.name, schedule_table(rows))
         draw_schedules(rows, path)
         return
     folders = [run for folder in options.folders for run in runs_in(folder)]
@@ -210,7 +245,8 @@ def main() -> None:
         sys.exit(f"error: {error}")
     if not rows:
         sys.exit(f"error: no runs in {', '.join(map(str, options.folders))}")
-    publish(options.name, [{k: v for k, v in row.items() if k != "config"} for row in rows], curve_table(rows))
+    write_rows(RESULTS / f"{options.name}.jsonl", [{k: v for k, v in row.items() if k != "config"} for row in rows])
+    publish(options.name, curve_table(rows))
     draw_curves(rows, path)
 
 

@@ -16,7 +16,10 @@ from tests.test_training import plan
 def row(arm: str, share: float) -> dict[str, Any]:
     return {
         "arm": arm,
-        "signal": {size: {"share": share, "error": 0.001} for size in ("4", "8")},
+        "signal": {
+            size: {"share": share, "error": 0.001, "replicates": [share * k / 10 for k in range(5, 16)]}
+            for size in ("4", "8")
+        },
         "metrics": {"return_std": 1.5, "motion/error_px": 4.0},
         "seconds_per_sample": {"rollout": 0.02, "update": 0.03},
         "excess_noise": [1.0, 1.25],
@@ -35,11 +38,18 @@ def test_the_table_of_schedules(tmp_path: Path) -> None:
     rows = [row("cps_single", 0.02), row("cps_all", 0.01), row("flow_sde_all", 0.005)]
     lines = study.schedule_table(rows).splitlines()
     assert len({line.count("|") for line in lines}) == 1
-    # 49 against 99 samples for one unit, times 8 each.
-    assert lines[2].endswith("| 1.00 x |") and lines[3].endswith("| 2.02 x |")
+    # 49 against 99 prompts for one unit, of 8 samples each; a resample lowers or raises both shares alike.
+    assert lines[2].endswith("| 1.00 [1.00, 1.00] x | 1.00 [1.00, 1.00] x |")
+    assert lines[3].endswith("| 2.02 [2.01, 2.03] x | 2.02 [2.01, 2.03] x |")
+    assert lines[4].endswith("| 1.00 [1.00, 1.00] x | 1.00 [1.00, 1.00] x |"), "each kernel has its own first line"
     assert "1.000, 1.250" in lines[2] and "20.00 ± 1.00" in lines[2] and "| 20 | 30 |" in lines[2]
     study.draw_schedules(rows, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 5000
+
+
+def test_no_signal_needs_no_end_of_samples() -> None:
+    assert study.need([0.5, 0.0, -0.1], "4").tolist() == [4.0, float("inf"), float("inf")]
+    assert study.times(row("cps_all", -0.01), row("cps_single", 0.01), "8") == "inf [inf, inf] x"
 
 
 def test_curves_of_finished_runs(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
