@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import statistics
 import subprocess
 import time
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from runtime.checkpoint import versions
+from runtime.hardware import cores, processor
 from runtime.session import Session
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,7 +42,7 @@ def conditions(session: Session) -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d %H:%M"),
         "commit": commit(),
         "processor": processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2),
         "device": torch.cuda.get_device_name(session.device) if cuda else session.device,
@@ -57,14 +57,6 @@ def conditions(session: Session) -> dict[str, Any]:
         "schedule": type(settings.schedule).__name__,
         "transition": settings.transition.name,
     }
-
-
-def processor() -> str:
-    """Model of the CPU."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
 
 
 def commit() -> str:

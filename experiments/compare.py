@@ -5,7 +5,8 @@ all are measured on the same held-out clips and noise, with the last weights, by
 no part in the reward. Each rollout is used for two optimizer steps: at the first every ratio is 1, at the second
 clipping and the normalisation of ratios act.
 The result is `docs/results/compare.jsonl` (one line per cell), `compare.md` (the table) and
-`compare.png` (held-out motion error against generated frames). Interrupt it at will: it goes on where it stopped.
+`compare.png` (held-out motion error against updates), and a page per algorithm.
+Interrupt it at will: it goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import statistics
 from pathlib import Path
 
+from experiments import result_pages
 from runtime.cells import (
     RESULTS,
     ROOT,
@@ -52,8 +54,9 @@ def cells(seeds: int, updates: int, clips: int, options: list[str]) -> list[Cell
 
 
 def with_curve(folder: Path) -> Row:
-    """What a run was measured as, also on the way."""
-    return {**evaluated(folder), "curve": json.loads((folder / "evaluation.json").read_text()).get("curve")}
+    """What a run was measured as, also on the way, and what it logged."""
+    curve = json.loads((folder / "evaluation.json").read_text()).get("curve")
+    return {**evaluated(folder), "curve": curve, "logged": result_pages.logged(folder) if curve else None}
 
 
 def table(rows: list[Row]) -> str:
@@ -95,6 +98,9 @@ def main() -> None:
     rows = run_all("compare", todo, options.out, weights_of(ROOT / "assets" / "tiny"), options.jobs, with_curve)
     publish("compare", table(rows))
     draw(rows, RESULTS / "compare.png")
+    for arm, members in arms_of(rows).items():
+        if arm in ALGORITHMS:
+            result_pages.write(arm, members, METRICS)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Tables of many runs: each cell is a run of its own, in a folder of its own, and is run once.
 
-A finished cell is not run again as long as its command and the weights it starts from are the same: its result stands in
-`docs/results/<table>.jsonl`, which is committed. An unfinished one goes on from what it left in its folder.
+A finished cell is not run again as long as its command and the weights it starts from are the same: its result stands
+in `docs/results/<table>.jsonl`, which is committed. An unfinished one goes on from what it left in its folder.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.checkpoint import replace_text, sha256
+from runtime.hardware import processor
 from runtime.runlog import read as read_log
 from runtime.verdict import t95
 
@@ -224,7 +225,7 @@ def run(cell: Cell, out: Path, threads: int, weights: str, read: Callable[[Path]
         found = json.loads((place / "evaluation.json").read_text())
         probes[probe.name] = {"after": found["policy"], "error_by_frame": found["error_by_frame"]}
     row = {"arm": cell.arm, "seed": cell.seed, **read(folder), "probes": probes}
-    row |= {"date": time.strftime("%Y-%m-%d"), **identity}
+    row |= {"date": time.strftime("%Y-%m-%d"), "processor": processor(), **identity}
     replace_text(result, json.dumps(row))
     return row
 

@@ -15,6 +15,7 @@ import yaml
 from runtime import runlog, verdict
 from runtime.checkpoint import versions
 from runtime.evaluation import Sample, found_by, measure, motion_errors
+from runtime.hardware import processor
 from runtime.plan import schedule_picture
 from tracking.trackers import Tracks
 
@@ -160,7 +161,6 @@ class Outcome:
         (run_dir / "config.yaml").write_text(yaml.safe_dump(self.session.config, sort_keys=False))
 
     def _write_environment(self) -> None:
-        import platform
         import shlex
         import sys
 
@@ -168,7 +168,7 @@ class Outcome:
             "command": shlex.join(["python", *sys.argv]),
             "seed": self.session.settings.seed,
             "device": self.session.device,
-            "processor": platform.processor() or platform.machine(),
+            "processor": processor(),
             "threads": torch.get_num_threads(),
             "seconds": round(time.time() - self.began),
             "versions": versions(),

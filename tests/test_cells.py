@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from experiments import ablation_step1, compare, learn
+from experiments import ablation_step1, compare, learn, result_pages
 from runtime import cells
 from runtime.cells import Cell, Probe
 
@@ -157,3 +157,24 @@ def test_the_comparison_of_algorithms(tmp_path: Path) -> None:
     assert "| grpo | 2 | 2.500 ± 0.707 |" in lines[3] and "| 0.0100 |" in lines[3] and "% | 60 |" in lines[3]
     compare.draw(rows, tmp_path / "curve.png")
     assert (tmp_path / "curve.png").stat().st_size > 5000
+
+
+def test_the_page_of_an_algorithm_explains_what_its_runs_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(result_pages, "RESULTS", tmp_path)
+    logs = [{"step": n, "reward": float(n), "seconds/rest": 0.1, "stochastic/step_0": 0.5} for n in range(1, 31)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in logs))
+    found = result_pages.logged(tmp_path)
+    assert found["reward"] == [5.5, 25.5]
+    points = [{"update": n, "motion_error_px": 4.0 - n / 50, "aesthetic": 4.0} for n in (0, 50)]
+    more = {"before": {**points[0], "frechet": 0.5}, "curve": points, "logged": found, "processor": "a CPU"}
+    more |= {"probes": {"kl": {"after": {"kl_to_start": 0.01}}}, "date": "2026-01-01", "command": "python a; python b"}
+    rows = [row("grpo", seed, 3.0 + seed) | more for seed in range(2)]
+    result_pages.write("grpo", rows, compare.METRICS)
+    page = (tmp_path / "grpo.md").read_text()
+    assert "4.000 → 3.000" in page and "3.500 ± 0.707" in page and "python a\npython b" in page
+    assert "| `stochastic/step_0` | 0.5 | 0.5 | share of frames whose step n was stochastic |" in page
+    assert (tmp_path / "grpo.png").stat().st_size > 5000
+    with pytest.raises(KeyError, match="does not explain nonsense"):
+        result_pages.meaning("nonsense", result_pages.meanings())

@@ -1,0 +1,106 @@
+"""A page of results per algorithm, from the cells of `compare.py`: `docs/results/<algorithm>.md` and `.png`.
+
+Command, seeds, hardware, table with spread, curve, and the meaning of everything that its runs logged.
+"""
+
+from __future__ import annotations
+
+import re
+from fnmatch import fnmatch
+from pathlib import Path
+
+from runtime.cells import RESULTS, ROOT, Row, figure, markdown, plot_ranges, spread
+from runtime.runlog import read
+
+# Updates at the start and at the end of a run over which a logged number is averaged.
+AVERAGED = 10
+
+
+def logged(folder: Path) -> dict[str, list[float]]:
+    """Means of every number that a run logged, over its first and over its last updates."""
+    rows = [row for row in read(folder) if "seconds/rest" in row]
+    ends = (rows[:AVERAGED], rows[-AVERAGED:])
+    names = [name for name in rows[-1] if name != "step"]
+    return {name: [sum(row.get(name, 0.0) for row in part) / len(part) for part in ends] for name in names}
+
+
+def meanings() -> dict[str, str]:
+    """What docs/algorithms.md says of each logged name; `<...>` in a name stands for any text."""
+    text = (ROOT / "docs" / "algorithms.md").read_text().partition("## What is logged")[2].partition("\n## ")[0]
+    lines = [re.split(r"(?<!\\)\|", line) for line in text.splitlines() if line.startswith("| `")]
+    return {re.sub("<.*?>", "*", name): cells[2].strip() for cells in lines for name in re.findall("`(.*?)`", cells[1])}
+
+
+def meaning(name: str, known: dict[str, str]) -> str:
+    """What a logged name means.
+
+    Raises:
+        KeyError: docs/algorithms.md does not say it.
+    """
+    found = next((text for pattern, text in known.items() if fnmatch(name, pattern)), None)
+    if found is None:
+        raise KeyError(f"docs/algorithms.md, What is logged, does not explain {name}")
+    return found
+
+
+def write(algorithm: str, members: list[Row], metrics: dict[str, str]) -> None:
+    """Write page and figure of one algorithm.
+
+    Args:
+        algorithm: its name.
+        members: its cells, one per seed.
+        metrics: what was measured on held-out clips, and its heading.
+    """
+    about = (ROOT / "conf" / "algorithm" / f"{algorithm}.yaml").read_text().splitlines()[0].removeprefix("# ")
+    lines = []
+    for row in members:
+        pairs = [f"{row['before'][key]:.3f} → {row['after'][key]:.3f}" for key in metrics]
+        moved = f"{row['probes']['kl']['after']['kl_to_start']:.4f}"
+        lines.append([str(row["seed"]), *pairs, moved, str(row["seconds"])])
+    means = [spread([row["after"][key] for row in members]) for key in metrics]
+    moved = spread([row["probes"]["kl"]["after"]["kl_to_start"] for row in members])
+    seconds = spread([float(row["seconds"]) for row in members])
+    lines.append(["mean ± standard deviation, after", *means, moved, seconds])
+    heads = ["seed", *metrics.values(), "KL to the student, nats per latent value", "seconds of training"]
+    known = meanings()
+    numbers = [
+        [f"`{name}`", *(f"{sum(m['logged'][name][k] for m in members) / len(members):.4g}" for k in (0, 1)), why]
+        for name in members[0]["logged"]
+        if (why := meaning(name, known))
+    ]
+    first = members[0]
+    text = f"""# {algorithm}
+
+{about} Loss and settings: [docs/algorithms.md](../algorithms.md).
+Made by `make compare`; all algorithms side by side: [compare.md](compare.md).
+
+Hardware: one core of {first["processor"]}, other work on the machine; {first["date"]}.
+Command of seed {first["seed"]}, then its measurement of the KL:
+
+```bash
+{first["command"].replace("; ", chr(10))}
+```
+
+Held-out clips, before → after; the tracker and the vision tower that measure took no part in the reward.
+
+{markdown(heads, lines)}
+![motion error on held-out clips against updates]({algorithm}.png)
+
+What the runs logged, mean over seeds and over the first and the last {AVERAGED} updates:
+
+{markdown(["name", "first", "last", "meaning"], numbers)}"""
+    (RESULTS / f"{algorithm}.md").write_text(text)
+    draw(members, RESULTS / f"{algorithm}.png")
+
+
+def draw(members: list[Row], path: Path) -> None:
+    """Plot held-out motion error and looks over updates, one line per seed."""
+    page, panels = figure(2, width=10, height=3.8)
+    for axes, key, label in zip(
+        panels, ("motion_error_px", "aesthetic"), ("motion error, px", "aesthetic"), strict=True
+    ):
+        updates = [point["update"] for point in members[0]["curve"]]
+        curves = {f"seed {m['seed']}": (updates, [[point[key] for point in m["curve"]]]) for m in members}
+        plot_ranges(axes, curves, marker="o")
+        axes.set(xlabel="updates", ylabel=f"held-out {label}")
+    page.savefig(path, dpi=110)
