@@ -34,8 +34,10 @@ from runtime.cells import (
 )
 from runtime.models import Pretrained
 
-# Of every student; a cell takes a quarter of an hour on one core.
-TRAINING = ("stage.pool=512", "stage.teacher_forcing.steps=800", "updates=100")
+# Of every student: teacher forcing, the same for all students of a seed and chunk, then distribution matching.
+POOL = "stage.pool=512"
+WARM_UP = (POOL, "stage.teacher_forcing.steps=800", "stage.match=false", "evaluation.clips=2")
+MATCHING = (POOL, "stage.teacher_forcing.steps=0", "stage.from_teacher=false", "updates=100")
 JUDGES = ("vae", "text_encoder", "tokenizer", "aesthetic_eval")
 STUDENTS = {
     "self_rollout": ("strategy=self_rollout",),
@@ -76,6 +78,9 @@ def cells(seeds: int, clips: int, initial: str, teacher: str, options: list[str]
     for seed in range(seeds):
         for arm, strategy in STUDENTS.items():
             chunk = [text for text in strategy if text.startswith("rollout.chunk")]
+            begun = (*chunk, f"stage.teacher={teacher}", *options, f"seed={seed}", "resume=true")
+            warm = (*shared, *WARM_UP, *begun)
+            after = Cell("warm_up_" + (chunk[0].rpartition("=")[2] if chunk else "1"), seed, "distill.py", warm)
             student = (*shared, *common, *chunk, "model.transformer={folder}/transformer")
             probes = (
                 Probe("renoise", (*student, "evaluation.sampler=renoise")),
@@ -85,16 +90,9 @@ def cells(seeds: int, clips: int, initial: str, teacher: str, options: list[str]
                 Probe("cache15", (*student, f"rollout.frames={4 * FRAMES}", "rollout.window=15")),
                 Probe("cache25", (*student, f"rollout.frames={4 * FRAMES}", "rollout.window=25")),
             )
-            overrides = (
-                *shared,
-                *strategy,
-                f"stage.teacher={teacher}",
-                *TRAINING,
-                *options,
-                f"seed={seed}",
-                "resume=true",
-            )
-            found.append(Cell(arm, seed, "distill.py", overrides, probes))
+            start = "model.transformer={after}/transformer"
+            overrides = (*shared, strategy[0], *MATCHING, start, *begun)
+            found.append(Cell(arm, seed, "distill.py", overrides, probes, after))
     return found
 
 

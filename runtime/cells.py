@@ -14,10 +14,12 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from runtime.checkpoint import replace_text, sha256
@@ -30,6 +32,8 @@ EXPERIMENTS, RESULTS = ROOT / "experiments", ROOT / "docs" / "results"
 # Latent frames of a clip in training.
 FRAMES = 9
 Row = dict[str, Any]
+# Held while a run that cells share is made, by its name.
+_ALONE: dict[str, Lock] = defaultdict(Lock)
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class Cell:
         script: in `experiments/`.
         overrides: of the script.
         probes: run after it.
+        after: a run that other cells may share and that this one starts from, as `{after}` in its overrides.
     """
 
     arm: str
@@ -62,6 +67,7 @@ class Cell:
     script: str
     overrides: tuple[str, ...]
     probes: tuple[Probe, ...] = ()
+    after: Cell | None = None
 
     @property
     def name(self) -> str:
@@ -70,9 +76,11 @@ class Cell:
 
     @property
     def command(self) -> str:
-        """What one would type for it, then for its probes."""
+        """What one would type for the run before it, for it, and for its probes."""
+        first = [self.after.command] if self.after else []
         runs = [(self.script, self.overrides), *(("evaluate.py", probe.overrides) for probe in self.probes)]
-        return "; ".join(" ".join(["python", f"experiments/{script}", *overrides]) for script, overrides in runs)
+        typed = (" ".join(["python", f"experiments/{script}", *overrides]) for script, overrides in runs)
+        return "; ".join([*first, *typed])
 
 
 def many_steps(model: str, frames: int = FRAMES) -> tuple[str, ...]:
@@ -213,9 +221,14 @@ def run(cell: Cell, out: Path, threads: int, weights: str, read: Callable[[Path]
         return row
     if begun.is_file() and json.loads(begun.read_text()) != identity:
         raise RuntimeError(f"{folder} holds the start of another command or of other weights; remove it, or --out")
+    overrides = cell.overrides
+    if cell.after:
+        with _ALONE[cell.after.name]:  # cells that share it wait
+            run(cell.after, out, threads, weights, read)
+        overrides = tuple(text.format(after=out / cell.after.name) for text in overrides)
     folder.mkdir(parents=True, exist_ok=True)
     replace_text(begun, json.dumps(identity))
-    _start(cell.script, cell.overrides, folder, threads)
+    _start(cell.script, overrides, folder, threads)
     probes = {}
     for probe in cell.probes:
         place = folder / probe.name

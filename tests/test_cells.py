@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,16 @@ def test_a_result_that_is_recorded_is_not_made_again(
     assert len(started) == 4 and len(cells.rows_in(tmp_path / "results" / "table.jsonl")) == 1
 
 
+def test_cells_share_the_run_that_they_start_from(tmp_path: Path, started: list[tuple[str, ...]]) -> None:
+    first = Cell("first", 0, "distill.py", ("steps=8",))
+    todo = [Cell(arm, 0, "distill.py", ("from={after}/x",), after=first) for arm in ("a", "b")]
+    with ThreadPoolExecutor(2) as pool:
+        rows = list(pool.map(lambda cell: cells.run(cell, tmp_path, 1, "w"), todo))
+    assert started[0] == ("distill.py", "first_0", "steps=8"), "before those that need it, and once"
+    assert sorted(started[1:]) == [("distill.py", f"{arm}_0", f"from={tmp_path / 'first_0'}/x") for arm in "ab"]
+    assert rows[0]["command"].startswith("python experiments/distill.py steps=8; python experiments/distill.py from=")
+
+
 def test_weights_are_told_apart_by_content_and_place(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "m.safetensors").write_bytes(b"1")
@@ -137,7 +148,10 @@ def test_the_cells_of_step_1_are_all_arms_and_seeds() -> None:
     assert "rollout.chunk=9" in teacher.overrides and [p.name for p in teacher.probes] == ["long2", "long4"]
     assert {"rollout.frames=36", "rollout.chunk=36", "model.transformer=b"} <= set(teacher.probes[1].overrides)
     chunked = next(c for c in made if c.arm == "self_forcing_chunk3")
-    assert {"updates=5", "stage.teacher=b"} <= set(chunked.overrides)
+    assert {"updates=5", "stage.teacher=b", "model.transformer={after}/transformer"} <= set(chunked.overrides)
+    both = [next(c for c in made if (c.arm, c.seed) == (arm, 1)).after for arm in ("self_forcing", "teacher_forcing")]
+    assert both[0] == both[1] and both[0] is not None and both[0].name == "warm_up_1_1"
+    assert chunked.after is not None and {"rollout.chunk=3", "stage.match=false"} <= set(chunked.after.overrides)
     assert all("rollout.window=3" in p.overrides and "updates=5" not in p.overrides for p in chunked.probes)
     assert all("rollout.chunk=3" in p.overrides for p in chunked.probes)
 
