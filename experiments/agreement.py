@@ -1,11 +1,12 @@
-"""How much of an update is signal: `python experiments/agreement.py updates=16 reward=motion adaptation=attention`.
+"""How much of an update is signal: `python experiments/agreement.py updates=16 rollout.group_size=16 reward=motion`.
 
-Rolls out and scores `updates` times at fixed weights, each time other clips, and compares the gradients of single
-prompts. The mean cosine between two of them is the share of an update's energy that every prompt agrees on; the rest is
-noise. It tells within minutes whether a reward, an advantage, a schedule or a choice of layers can teach this policy
-anything. Done for groups of 4, 8, ... samples up to `rollout.group_size`: a rollout's samples are compared in all its
-groups of that size. The result is `<run_dir>/agreement.json`; among it are the same shares of `REPLICATES` resamples of
-the prompts, the same resamples in every run of as many prompts, so that two runs can be compared pair by pair.
+Rolls out and scores `updates` times at fixed weights, each time other clips, and compares gradients of single groups of
+samples. What two groups of one prompt agree on is the policy gradient of that prompt, the rest is noise of sampling:
+their mean cosine is the share of signal `within` a prompt. What groups of two prompts agree on (`across`) is the part
+that helps other clips too. It tells within minutes what a reward, an advantage, a schedule or a choice of layers can
+teach this policy. Done for groups of 4, 8, ... samples, up to half of `rollout.group_size`; the result is
+`<run_dir>/agreement.json`. Among it are the same shares of `REPLICATES` resamples of the prompts, the same resamples in
+every run of as many prompts, so that two runs can be compared pair by pair.
 """
 
 from __future__ import annotations
@@ -28,46 +29,55 @@ if TYPE_CHECKING:
     from runtime.session import Session
 
 SMALLEST, REPLICATES = 4, 200
-Signal = dict[str, Any]
+KINDS = ("within", "across")
 
 
-def agreement(whole: Tensor, first: Tensor, second: Tensor) -> Signal:
-    """Share of a prompt's gradient that prompts agree on: mean inner product of two prompts over mean energy of one.
+def agreement(gradients: Tensor) -> dict[str, dict[str, Any]]:
+    """Share of a group's gradient that is signal: mean inner product of two groups over mean energy of one.
 
-    Each coordinate is divided by its root mean square over prompts first, as Adam does. That and the energy come from
-    different groups where there are several: otherwise noise in the one would count as signal in the other.
+    Each coordinate is divided by its root mean square first, as Adam does.
 
     Args:
-        whole: gradients `[n, D]` of n prompts, 3 or more, each the mean over the prompt's groups.
-        first, second: gradients `[n, D]` of one group of each prompt, and of another; the same where it has only one.
+        gradients: `[n, k, D]` of k groups, 2 or more, of n prompts, 2 or more.
 
     Returns:
-        `share`, its jackknife standard error `error`, and `replicates`: shares of resampled prompts.
+        For pairs of groups `within` a prompt and `across` prompts: `share`, its jackknife standard error over prompts
+        `error`, and `replicates`: shares of resampled prompts.
     """
     import numpy as np
+    import torch
 
-    scale = first.square().mean(0).sqrt()
-    alive = scale > 0
-    energy = (second[:, alive] / scale[alive]).square().sum(1).double().numpy()
-    scaled = (whole[:, alive] / scale[alive]).double()
-    gram = (scaled @ scaled.T).numpy()
-    np.fill_diagonal(gram, 0.0)  # a prompt says nothing about its agreement with itself, drawn twice or not
+    n, k, _ = gradients.shape
+    scale = gradients.square().mean((0, 1)).sqrt()
+    total, energy = torch.zeros(n, n).double(), torch.zeros(n).double()
+    for part, unit in zip(gradients.split(1 << 14, 2), scale.split(1 << 14), strict=True):  # never all in float64
+        scaled = (part[..., unit > 0] / unit[unit > 0]).double()
+        sums = scaled.sum(1)
+        total = total + sums @ sums.T
+        energy = energy + scaled.square().sum((1, 2))
+    own = (total.diagonal() - energy) / (k * (k - 1))
+    norm, inner = (energy / k).numpy(), own.numpy()
+    cross = (total / k**2).fill_diagonal_(0.0).numpy()  # a prompt drawn twice is no pair of prompts
 
-    def share(times: Any) -> float:
-        pairs = times.sum() ** 2 - np.square(times).sum()
-        return float(times @ gram @ times / pairs * times.sum() / (times @ energy)) if pairs else float("nan")
+    def shares(times: Any) -> dict[str, float]:
+        power, pairs = float(times @ norm), times.sum() ** 2 - np.square(times).sum()
+        across = times @ cross @ times / pairs * times.sum() / power if pairs else float("nan")
+        return {"within": float(times @ inner / power), "across": float(across)}
 
-    n = len(gram)
-    without = np.array([share(1.0 - row) for row in np.eye(n)])
-    error = float(np.sqrt((n - 1) / n * np.square(without - without.mean()).sum()))
+    without = [shares(1.0 - row) for row in np.eye(n)]
     draws = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=REPLICATES).astype(float)
-    return {"share": share(np.ones(n)), "error": error, "replicates": [float(f"{share(row):.5g}") for row in draws]}
+    drawn, found = [shares(row) for row in draws], {}
+    for kind, share in shares(np.ones(n)).items():
+        left = np.array([row[kind] for row in without])
+        error = float(np.sqrt((n - 1) / n * np.square(left - left.mean()).sum()))
+        found[kind] = {"share": share, "error": error, "replicates": [float(f"{row[kind]:.5g}") for row in drawn]}
+    return found
 
 
-def group_sizes(largest: int) -> list[int]:
-    """Doublings of the smallest group up to `largest`, which is among them: `[4, 8, 12]` for 12."""
-    found = [SMALLEST * 2**k for k in range(largest.bit_length()) if SMALLEST * 2**k < largest]
-    return [*found, largest]
+def group_sizes(samples: int) -> list[int]:
+    """Doublings of the smallest group of which two fit into `samples`; half of them where they are few."""
+    found = [SMALLEST * 2**k for k in range(samples.bit_length()) if 2 * SMALLEST * 2**k <= samples]
+    return found or [samples // 2]
 
 
 @contextmanager
@@ -88,8 +98,8 @@ def scored_once(actor: Actor, batch: TensorDictBase) -> Iterator[None]:
         delattr(actor, "evaluate")
 
 
-def gradients(session: Session, rollout: TensorDictBase, sizes: list[int]) -> dict[int, list[Tensor]]:
-    """Gradients of every prompt's objective where its samples are compared in groups of each size; the weights stay.
+def gradients(session: Session, rollout: TensorDictBase, sizes: list[int]) -> dict[int, Tensor]:
+    """Gradients of the objective of single groups; the weights stay.
 
     Args:
         session: its `rollout.group_size` is a multiple of every size.
@@ -97,7 +107,7 @@ def gradients(session: Session, rollout: TensorDictBase, sizes: list[int]) -> di
         sizes: samples of a group.
 
     Returns:
-        By size what `agreement` takes, `[P, D]` each: of all groups of a prompt, of its first, of its second.
+        By size `[P, k, D]`: of each of the k groups of that size that a prompt's samples make.
     """
     import torch
 
@@ -106,14 +116,12 @@ def gradients(session: Session, rollout: TensorDictBase, sizes: list[int]) -> di
         compared[size] = rollout.clone(recurse=False)
         session.settings.algorithm.prepare(compared[size], size)
         session.loss_module.begin(compared[size])
-    found: dict[int, list[list[Tensor]]] = {size: [] for size in sizes}
+    found: dict[int, list[Tensor]] = {size: [] for size in sizes}
     for rows in torch.arange(len(rollout)).split(session.settings.rollout.group_size):
         with scored_once(session.actor, rollout[rows]):
             for size, batch in compared.items():
-                parts = [rows, rows[:size], rows[size : 2 * size]] if size < len(rows) else [rows]
-                each = [_gradient(session, batch[part]) for part in parts]
-                found[size].append(each if len(each) > 1 else 3 * each)
-    return {size: [torch.stack(each) for each in zip(*prompts, strict=True)] for size, prompts in found.items()}
+                found[size].append(torch.stack([_gradient(session, batch[part]) for part in rows.split(size)]))
+    return {size: torch.stack(prompts) for size, prompts in found.items()}
 
 
 def _gradient(session: Session, batch: TensorDictBase) -> Tensor:
@@ -133,7 +141,7 @@ def measure(session: Session, rollouts: int) -> dict[str, Any]:
 
     r = session.settings.rollout
     sizes = group_sizes(r.group_size)
-    found: dict[int, list[list[Tensor]]] = {size: [] for size in sizes}
+    found: dict[int, list[Tensor]] = {size: [] for size in sizes}
     rows, seconds = [], {"rollout": 0.0, "update": 0.0}
     for i in track(range(rollouts), "rollouts"):
         session.iteration, began = i, time.perf_counter()
@@ -143,15 +151,16 @@ def measure(session: Session, rollouts: int) -> dict[str, Any]:
         returns = rollout["reward"].sum(1).unflatten(0, (-1, r.group_size))
         rows.append({**metrics, "return_std": float(returns.std(1).mean())})
         began = time.perf_counter()
-        gradients(session, rollout[: r.group_size], [r.group_size])
+        one = rollout[: r.group_size]
+        session.loss_module.begin(one)
+        _gradient(session, one)
         seconds["update"] += time.perf_counter() - began
         for size, parts in gradients(session, rollout, sizes).items():
             found[size].append(parts)
-    signal = {size: agreement(*map(torch.cat, zip(*parts, strict=True))) for size, parts in found.items()}
     prompts = rollouts * r.prompts
     return {
         "prompts": prompts,
-        "signal": {str(size): value for size, value in signal.items()},
+        "signal": {str(size): agreement(torch.cat(parts)) for size, parts in found.items()},
         "metrics": {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]},
         "seconds_per_sample": {
             "rollout": seconds["rollout"] / (prompts * r.group_size),
@@ -170,11 +179,13 @@ def run(plan: Plan) -> None:
 
     settings, rollouts = plan.settings, plan.settings.updates
     with setup_phase():
+        samples = settings.rollout.group_size
         if rollouts * settings.rollout.prompts < 3:
             raise ValueError(f"updates={rollouts}: gradients of at least 3 prompts are compared; try updates=16")
-        sizes, largest = group_sizes(settings.rollout.group_size), settings.rollout.group_size
-        if any(largest % size for size in sizes):
-            raise ValueError(f"rollout.group_size={largest}: groups of {sizes} are compared; try 8, 16 or 32")
+        if samples < 4 or any(samples % size for size in group_sizes(samples)):
+            raise ValueError(
+                f"rollout.group_size={samples} does not make two or more groups of {group_sizes(samples)}; try 16 or 64"
+            )
         session = Session(settings, plan.config)
     found = measure(session, rollouts)
     sigma = torch.tensor(settings.rollout.sigmas)
@@ -184,11 +195,9 @@ def run(plan: Plan) -> None:
     replace_text(
         folder / "agreement.json", json.dumps({**found, "excess_noise": excess, "config": plan.config}, indent=1)
     )
-    for size, value in found["signal"].items():
-        print(
-            f"{found['prompts']} prompts, groups of {size}: {value['share']:.4f} ± {value['error']:.4f} of a prompt's "
-            f"gradient is signal"
-        )
+    for size, kinds in found["signal"].items():
+        values = ", ".join(f"{kinds[kind]['share']:.4f} ± {kinds[kind]['error']:.4f} {kind}" for kind in KINDS)
+        print(f"{found['prompts']} prompts, groups of {size}: share of a group's gradient that is signal: {values}")
 
 
 if __name__ == "__main__":
