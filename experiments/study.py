@@ -44,14 +44,21 @@ SCHEDULES = {
     "window": ("schedule=window", "schedule.interval=1"),  # it slides at every rollout, so all positions count
     "all": ("schedule=all",),
 }
-PROMPTS, LARGEST = 8, 32
+PROMPTS, SAMPLES = 4, 64  # of a rollout, so groups of 4 to 32 are compared
+KIND = "within"  # pairs of groups of one prompt: the policy gradient of that prompt against the noise of sampling
 # Keys of a config in which runs of one sweep may differ without being different settings.
 PLACES = ("run_dir", "resume", "checkpoint")
 
 
 def cells(rollouts: int, options: list[str]) -> list[Cell]:
     """One run of `agreement.py` per schedule and kernel."""
-    shared = (f"updates={rollouts}", f"rollout.prompts={PROMPTS}", f"rollout.group_size={LARGEST}", "logger=local")
+    shared = (
+        f"updates={rollouts}",
+        f"rollout.prompts={PROMPTS}",
+        f"rollout.group_size={SAMPLES}",
+        "logger=local",
+        "evaluation.clips=2",
+    )
     found = []
     for kernel, noise in KERNELS.items():
         for name, how in SCHEDULES.items():
@@ -67,7 +74,7 @@ def measured(folder: Path) -> Row:
 
 
 def need(shares: Any, size: str) -> Any:
-    """Samples for one unit of signal to noise: n prompts have n share / (1 - share) of it, each of `size` samples.
+    """Samples of a prompt for one unit of signal to noise: k groups have k share / (1 - share) of it, each of `size`.
 
     Infinite where there is no signal.
     """
@@ -84,7 +91,7 @@ def times(row: Row, base: Row, size: str, cost: float = 1.0) -> str:
     import numpy as np
 
     def ratio(key: str) -> Any:
-        return cost * need(row["signal"][size][key], size) / need(base["signal"][size][key], size)
+        return cost * need(row["signal"][size][KIND][key], size) / need(base["signal"][size][KIND][key], size)
 
     with np.errstate(invalid="ignore"):  # no signal in both: no ratio
         value, drawn = float(ratio("share")), ratio("replicates")
@@ -101,7 +108,7 @@ def schedule_table(rows: list[Row]) -> str:
     """Markdown: a line per kernel and schedule; what the same signal costs is relative to the kernel's first line."""
     sizes = list(rows[0]["signal"])
     middle = "8" if "8" in sizes else sizes[0]
-    heads = ["", "excess noise", "std of returns", "motion error, px", "ms per sample: rollout", "update"]
+    heads = ["", "excess noise", "std of returns", "motion error, px", "aesthetic", "ms per sample: rollout", "update"]
     heads += [f"signal, groups of {size}, 1/1000" for size in sizes]
     heads += [f"samples for the same signal, groups of {middle}", "seconds for the same signal"]
     lines = []
@@ -111,14 +118,20 @@ def schedule_table(rows: list[Row]) -> str:
         values = [
             ", ".join(f"{x:.3f}" for x in row["excess_noise"]),
             f"{metrics['return_std']:.3f}",
-            f"{metrics['motion/error_px']:.2f}" if "motion/error_px" in metrics else "",
+            *(f"{metrics[key]:.2f}" if key in metrics else "" for key in ("motion/error_px", "reward_terms/aesthetic")),
             *(f"{1000 * seconds[name]:.0f}" for name in ("rollout", "update")),
-            *(f"{1000 * row['signal'][s]['share']:.2f} ± {1000 * row['signal'][s]['error']:.2f}" for s in sizes),
+            *(share_of(row, size) for size in sizes),
             times(row, base, middle),
             times(row, base, middle, seconds_of_a_sample(row) / seconds_of_a_sample(base)),
         ]
         lines.append([row["arm"].replace("_", " "), *values])
     return markdown(heads, lines)
+
+
+def share_of(row: Row, size: str) -> str:
+    """Signal of a group's gradient and its standard error, in thousandths."""
+    found = row["signal"][size][KIND]
+    return f"{1000 * found['share']:.0f} ± {1000 * found['error']:.0f}"
 
 
 def kernel_of(row: Row) -> str:
@@ -132,13 +145,15 @@ def draw_schedules(rows: list[Row], path: Path) -> None:
     for axes, kernel in zip(panels, KERNELS, strict=True):
         for row in (row for row in rows if kernel_of(row) == kernel):
             sizes = [int(size) for size in row["signal"]]
-            shares, errors = ([1000 * value[key] for value in row["signal"].values()] for key in ("share", "error"))
+            shares, errors = (
+                [1000 * value[KIND][key] for value in row["signal"].values()] for key in ("share", "error")
+            )
             name = row["arm"].removeprefix(kernel + "_").replace("_", " ")
             axes.errorbar(sizes, shares, errors, marker="o", capsize=3, label=name)
         axes.set(xscale="log", xlabel="samples of a group", title=kernel)
         axes.set_xticks(sizes, [str(size) for size in sizes], minor=False)
         axes.axhline(0, color="0.7", linewidth=1)
-    panels[0].set_ylabel("signal, 1/1000 of a prompt's gradient energy")
+    panels[0].set_ylabel("signal, 1/1000 of the energy of a group's gradient")
     panels[-1].legend(frameon=False, fontsize=8)
     page.savefig(path, dpi=120)
 
@@ -221,7 +236,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     kinds = parser.add_subparsers(dest="kind", required=True)
     fixed = kinds.add_parser("schedules", help="a fixed policy under every schedule")
-    fixed.add_argument("--rollouts", type=int, default=4, help=f"of {PROMPTS} prompts each")
+    fixed.add_argument("--rollouts", type=int, default=3, help=f"of {PROMPTS} prompts each")
     fixed.add_argument("--jobs", type=int, default=2, help="runs at a time, one CPU thread each")
     fixed.add_argument("--out", type=Path, default=Path("outputs/study"))
     fixed.add_argument("--name", default="study_schedules")

@@ -17,7 +17,7 @@ def row(arm: str, share: float) -> dict[str, Any]:
     return {
         "arm": arm,
         "signal": {
-            size: {"share": share, "error": 0.001, "replicates": [share * k / 10 for k in range(5, 16)]}
+            size: {"within": {"share": share, "error": 0.001, "replicates": [share * k / 10 for k in range(5, 16)]}}
             for size in ("4", "8")
         },
         "metrics": {"return_std": 1.5, "motion/error_px": 4.0},
@@ -29,7 +29,7 @@ def row(arm: str, share: float) -> dict[str, Any]:
 def test_cells_are_all_schedules_under_both_kernels() -> None:
     made = study.cells(8, ["reward=motion"])
     assert len(made) == len({cell.name for cell in made}) == len(study.SCHEDULES) * len(study.KERNELS)
-    assert all({"updates=8", "rollout.group_size=32", "reward=motion"} <= set(cell.overrides) for cell in made)
+    assert all({"updates=8", "rollout.group_size=64", "reward=motion"} <= set(cell.overrides) for cell in made)
     window = next(cell for cell in made if cell.arm == "flow_sde_window")
     assert {"schedule.interval=1", "transition.eta=0.7"} <= set(window.overrides)
 
@@ -42,7 +42,7 @@ def test_the_table_of_schedules(tmp_path: Path) -> None:
     assert lines[2].endswith("| 1.00 [1.00, 1.00] x | 1.00 [1.00, 1.00] x |")
     assert lines[3].endswith("| 2.02 [2.01, 2.03] x | 2.02 [2.01, 2.03] x |")
     assert lines[4].endswith("| 1.00 [1.00, 1.00] x | 1.00 [1.00, 1.00] x |"), "each kernel has its own first line"
-    assert "1.000, 1.250" in lines[2] and "20.00 ± 1.00" in lines[2] and "| 20 | 30 |" in lines[2]
+    assert "1.000, 1.250" in lines[2] and "20 ± 1" in lines[2] and "| 20 | 30 |" in lines[2]
     study.draw_schedules(rows, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 5000
 
