@@ -64,7 +64,7 @@ def gradients(session: Session, rollout: TensorDictBase, size: int) -> Tensor:
     count, group = settings.rollout.prompts, settings.rollout.group_size
     rows = torch.arange(count * group).view(count, group)[:, :size]
     part = rollout[rows.flatten()]
-    settings.algorithm.prepare(part, size)
+    settings.algorithm.prepare(part, size, settings.rollout.chunk)
     session.loss_module.begin(part)
     found = []
     for prompt in part.split(size):

@@ -24,7 +24,7 @@ def check(settings: Settings) -> None:
         ValueError: settings that contradict each other.
         FileNotFoundError: a file or folder that does not exist.
     """
-    learning = (groups, minibatches, stochasticity) if settings.stage is None else (step1,)
+    learning = (groups, minibatches, stochasticity, alarms) if settings.stage is None else (step1,)
     for rule in (*learning, trackers, scorers, frames, clips, run_folder):
         rule(settings)
 
@@ -91,6 +91,20 @@ def stochasticity(settings: Settings) -> None:
         settings.schedule.choose(available, generator(Stream.SCHEDULE, settings.seed), 0)
     except ValueError as error:
         raise ValueError(f"schedule does not fit rollout.sigmas={sigmas}: {error}") from error
+
+
+def alarms(settings: Settings) -> None:
+    """An alarm that is asked for can go off."""
+    algorithm, limit = settings.algorithm, settings.alarms.kl
+    require(
+        limit is None or algorithm.needs_log_prob,
+        f"alarms.kl={limit}: {_name(algorithm)} uses no log-probs, so there is no KL to watch; take it out",
+    )
+    require(
+        limit is None or algorithm.kl_weight > 0 or algorithm.needs_reference,
+        f"alarms.kl={limit}: a run without algorithm.kl_weight does not measure the KL; set it, such as "
+        f"algorithm.kl_weight=0.001, or take the alarm out",
+    )
 
 
 def trackers(settings: Settings) -> None:
