@@ -41,6 +41,7 @@ REFUSED_ALONE = {
     ("transition", "ode"): "no stochastic steps",
     ("tracker", "lucas_kanade"): "must not be the one that rewards",
     ("stage", "distill"): "only a part trains",
+    ("stage", "pairs"): "stage=pairs is DPO, not GRPO",
 }
 PRIMARY = {"smoke_finetune": "finetune", "smoke_distill": "distill"}  # choices that are for one experiment
 REWARDS = sorted(p.stem for p in (CONF / "reward").glob("*.yaml"))
