@@ -16,13 +16,17 @@ def group_valid(valid: Tensor, group_size: int) -> Tensor:
     return whole.repeat_interleave(group_size)[:, None].expand_as(valid)
 
 
-def credited(reward: Tensor, credit: str) -> Tensor:
+def credited(reward: Tensor, credit: str, chunk: int = 1) -> Tensor:
     """What each frame answers for, `[B, M]`: `per_frame` its own reward (AR-Drag Eq. 13), `return_to_go` the sum of its
     own and all later ones, `clip` the sum over the clip.
+
+    Frames of a chunk see each other while they are denoised, and end together: none of them is later than another, so
+    `return_to_go` is the same for all of them. `chunk` divides M.
     """
     reward = reward.float()
     if credit == "return_to_go":
-        return reward.flip(1).cumsum(1).flip(1)
+        paid = reward.unflatten(1, (-1, chunk)).sum(2)
+        return paid.flip(1).cumsum(1).flip(1).repeat_interleave(chunk, 1)
     return reward.sum(1, keepdim=True).expand_as(reward) if credit == "clip" else reward
 
 
@@ -66,8 +70,17 @@ def group_advantage(
     return (centred / (spread + eps)).flatten(0, 1)
 
 
-def without_history(score: Tensor, reward: Tensor, valid: Tensor, group_size: int) -> Tensor:
-    """Take out of each frame's score what the frame before it already decided: `S[b, m] - beta R[b, m - 1]`.
+def last_finished(frames: int, chunk: int) -> Tensor:
+    """The frame that was finished last when frame m began, for m = `chunk` .. `frames` - 1: m - 1 where chunks are of
+    one frame, else the last of the chunk before, `[frames - chunk]` int64.
+    """
+    import torch
+
+    return torch.arange(chunk, frames) // chunk * chunk - 1
+
+
+def without_history(score: Tensor, reward: Tensor, valid: Tensor, group_size: int, chunk: int = 1) -> Tensor:
+    """Take out of each frame's score what the frame finished before it already decided: `S[b, m] - beta R[b, m - 1]`.
 
     A reward that adds up mistakes, such as that of a drag, is mostly a matter of the history, and the action of frame m
     has no part in that. The previous frame's reward is known before the action, so this is a baseline: the
@@ -80,9 +93,10 @@ def without_history(score: Tensor, reward: Tensor, valid: Tensor, group_size: in
         reward: `[B, M]`, of each frame.
         valid: `[B, M]` bool, whole groups; the others have no part in beta.
         group_size: G, dividing B.
+        chunk: frames that are denoised together; for all of them it is the last frame of the chunk before.
 
     Returns:
-        `[B, M]`; frame 0 is as it was.
+        `[B, M]`; the first chunk is as it was.
     """
     import torch
 
@@ -90,11 +104,20 @@ def without_history(score: Tensor, reward: Tensor, valid: Tensor, group_size: in
         grouped = values.float().unflatten(0, (-1, group_size))
         return (grouped - grouped.mean(dim=1, keepdim=True)).flatten(0, 1)
 
-    both = valid[:, 1:] & valid[:, :-1]
-    now, before = centred(score)[:, 1:].where(both, 0), centred(reward)[:, :-1].where(both, 0)
+    past = last_finished(reward.shape[1], chunk).to(reward.device)
+    both = valid[:, chunk:] & valid[:, past]
+    now, before = centred(score)[:, chunk:].where(both, 0), centred(reward)[:, past].where(both, 0)
     energy = before.square().sum()
     beta = torch.where(energy > 0, (now * before).sum() / energy, 0.0)
-    return torch.cat([score[:, :1], score[:, 1:] - beta * reward[:, :-1]], dim=1)
+    return torch.cat([score[:, :chunk], score[:, chunk:] - beta * reward[:, past]], dim=1)
+
+
+def typical_spread(score: Tensor, group_size: int, valid: Tensor) -> float:
+    """Root mean square, over frames and groups without a failure, of the standard deviation of `score [B, M]` inside a
+    group; 0 where no group is valid.
+    """
+    inside = score.float().unflatten(0, (-1, group_size)).std(dim=1)[valid[::group_size, 0]]
+    return float(inside.square().mean().sqrt()) if inside.numel() else 0.0
 
 
 def pair_roles(score: Tensor, group_size: int, pairs: int, margin: float) -> Tensor:

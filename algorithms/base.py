@@ -50,7 +50,7 @@ class Algorithm(Protocol):
     epochs: int
     minibatches: int
 
-    def prepare(self, rollout: TensorDictBase, group_size: int) -> dict[str, float]:
+    def prepare(self, rollout: TensorDictBase, group_size: int, chunk: int = 1) -> dict[str, float]:
         """Add to a scored rollout what the loss reads, `mask` among it; return what to log."""
         ...
 
@@ -111,7 +111,7 @@ class Compared(Updates):
         super().__post_init__()
         one_of(self, "credit", CREDIT)
 
-    def scores(self, rollout: TensorDictBase, group_size: int) -> tuple[Tensor, Tensor, dict[str, float]]:
+    def scores(self, rollout: TensorDictBase, group_size: int, chunk: int) -> tuple[Tensor, Tensor, dict[str, float]]:
         """What each frame answers for, less what was decided before it.
 
         Returns:
@@ -119,9 +119,9 @@ class Compared(Updates):
             inside these groups (nan where there is none), groups dropped.
         """
         reward, valid = rollout["reward"], group_valid(rollout["valid"], group_size)
-        score = credited(reward, self.credit)
+        score = credited(reward, self.credit, chunk)
         if self.history_baseline and self.credit != "clip":  # a clip has one score for all its frames
-            score = without_history(score, reward, valid, group_size)
+            score = without_history(score, reward, valid, group_size, chunk)
         if self.shuffle_advantages:
             seed, iteration = rollout["key"][0, :2].tolist()
             score = shuffle_in_groups(score, group_size, seed_of(Stream.TRAINING, seed, iteration, 1))
@@ -150,20 +150,20 @@ class GroupRelative(Compared):
         one_of(self, "normalize", NORMALIZE)
         one_of(self, "advantage_std", STD)
 
-    def compare(self, rollout: TensorDictBase, group_size: int) -> tuple[Tensor, dict[str, float]]:
+    def compare(self, rollout: TensorDictBase, group_size: int, chunk: int) -> tuple[Tensor, dict[str, float]]:
         """Add `advantage [B, M]` to a scored rollout.
 
         Returns:
             `[B, M]` bool, True in groups without a failure; and numbers to log, see `scores`.
         """
-        score, valid, metrics = self.scores(rollout, group_size)
+        score, valid, metrics = self.scores(rollout, group_size, chunk)
         how = (self.advantage_std, self.normalize, self.advantage_eps)
         rollout["advantage"] = group_advantage(score, group_size, *how, valid)
         return valid, metrics
 
-    def prepare(self, rollout: TensorDictBase, group_size: int) -> dict[str, float]:
+    def prepare(self, rollout: TensorDictBase, group_size: int, chunk: int = 1) -> dict[str, float]:
         """Add `advantage [B, M]` and `mask [B, M, N]`, the stochastic steps of groups that are valid."""
-        valid, metrics = self.compare(rollout, group_size)
+        valid, metrics = self.compare(rollout, group_size, chunk)
         rollout["mask"] = rollout["stochastic"] & valid[..., None]
         return metrics
 
@@ -192,22 +192,21 @@ def clipped_terms(
 
     clip = settings.clip / math.sqrt(batch["latents"].shape[3:].numel())
     objective, metrics = clipped_surrogate(log_ratio, advantage, batch["mask"], clip, settings.log_ratio_clamp, weight)
-    penalty, kl = kl_loss(settings.kl_weight, scores, initial, batch["mask"])
-    return {"objective": objective, "kl": penalty}, {**metrics, "kl": kl}
+    penalty, kl = kl_terms(settings.kl_weight, scores, initial, batch["mask"])
+    return {"objective": objective, **penalty}, {**metrics, **kl}
 
 
-def kl_loss(
-    weight: float, scores: TensorDictBase, initial: TensorDictBase | None, mask: Tensor
-) -> tuple[Tensor, Tensor]:
-    """`weight` times the KL to the initial policy over the steps of `mask`, and the KL itself without gradient."""
+def kl_terms(weight: float, scores: TensorDictBase, initial: TensorDictBase | None, mask: Tensor) -> Terms:
+    """`weight` times the KL to the initial policy over the steps of `mask`, and the KL itself without gradient, both
+    as `kl`; nothing where there is no initial policy: what was not measured is not logged.
+    """
     from algorithms.losses import masked_mean
     from envs.transitions import gaussian_kl
 
     if initial is None:
-        zero = scores["log_prob"].new_zeros(())
-        return zero, zero
+        return {}, {}
     kl = masked_mean(gaussian_kl(scores["mean"], initial["mean"], scores["std"][..., None, None, None]), mask)
-    return weight * kl, kl.detach()
+    return {"kl": weight * kl}, {"kl": kl.detach()}
 
 
 def levels(batch: TensorDictBase) -> tuple[Tensor, Tensor]:

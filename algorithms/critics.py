@@ -8,6 +8,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
+from algorithms.advantages import last_finished
 from data.draws import Stream, seed_of
 
 if TYPE_CHECKING:
@@ -50,7 +51,9 @@ class Critic(nn.Module):
         """Observations `[B, M, N, F]` of the states before all decisions."""
         frames, steps = rollout["stochastic"].shape[1:]
         sigma = rollout["sigma"].float()[..., :-1]
-        left = torch.linspace(1, 1 / frames, frames, device=sigma.device)[None, :, None].expand_as(sigma)
+        rule = self.actor.causality
+        left = rule.spread(torch.linspace(1, 1 / frames, frames, device=sigma.device)[:: rule.chunk], frames)
+        left = left[None, :, None].expand_as(sigma)
         seen = torch.stack([self.look(rollout, n) for n in range(steps)], 2)
         return torch.cat([seen, sigma[..., None], left[..., None]], -1)
 
@@ -94,10 +97,11 @@ class NetCritic(Critic):
         super().__init__(actor, 5 * channels + 2, width)
 
     def look(self, rollout: TensorDictBase, n: int) -> Tensor:
-        """The frame at step n, the finished frame before it, and the condition."""
-        latents = rollout["latents"].float()
+        """The frame at step n, the frame finished last before its chunk, and the condition."""
+        latents, chunk = rollout["latents"].float(), self.actor.causality.chunk
         finished = latents[:, :, -1]
-        before = torch.cat([torch.zeros_like(finished[:, :1]), finished[:, :-1]], 1)
+        past = last_finished(finished.shape[1], chunk).to(finished.device)
+        before = torch.cat([torch.zeros_like(finished[:, :chunk]), finished[:, past]], 1)
         planes = torch.cat([latents[:, :, n], before, rollout["condition"].float()], 2)
         pooled = [nn.functional.adaptive_avg_pool2d(planes.flatten(0, 1), size).flatten(1) for size in (1, 2)]
         return torch.cat(pooled, 1).unflatten(0, planes.shape[:2])

@@ -6,13 +6,15 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from algorithms.base import Compared, kl_loss, positive
+from algorithms.base import Compared, kl_terms, one_of, positive
 
 if TYPE_CHECKING:
     from tensordict import TensorDictBase
 
     from algorithms.policy_loss import Terms
     from envs.transitions import Transition
+
+UNITS = ("reward", "spread")
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,9 @@ class DPO(Compared):
         beta: how far the policy may leave the initial one: scale of the log-prob margin inside the sigmoid. Log-probs
             are means over D latent values, so this is the beta of the papers times D.
         pairs: pairs of a group and frame: best and worst, second best and second worst, ...
-        margin: pairs whose scores differ by less are left out, in units of reward.
+        margin: pairs whose scores differ by no more are left out.
+        margin_in: unit of the margin: `reward`, or `spread`, the typical standard deviation of scores inside a group
+            (root mean square over the groups and frames of an update), which means the same whatever the rewards weigh.
     """
 
     needs_log_prob: ClassVar[bool] = True
@@ -35,6 +39,7 @@ class DPO(Compared):
     beta: float = 50.0
     pairs: int = 2
     margin: float = 0.05
+    margin_in: str = "reward"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -43,8 +48,9 @@ class DPO(Compared):
             raise ValueError(f"algorithm.pairs must be at least 1, got {self.pairs}")
         if not 0 <= self.margin < math.inf:
             raise ValueError(f"algorithm.margin must be 0 or more and finite, got {self.margin}")
+        one_of(self, "margin_in", UNITS)
 
-    def prepare(self, rollout: TensorDictBase, group_size: int) -> dict[str, float]:
+    def prepare(self, rollout: TensorDictBase, group_size: int, chunk: int = 1) -> dict[str, float]:
         """Add `role [B, M, K]` (1: preferred in pair k, -1: the other, 0: not in it), `group_size [B]` and `mask` (the
         stochastic steps of frames in a pair) to a scored rollout.
 
@@ -53,10 +59,11 @@ class DPO(Compared):
         """
         import torch
 
-        from algorithms.advantages import pair_roles
+        from algorithms.advantages import pair_roles, typical_spread
 
-        score, valid, metrics = self.scores(rollout, group_size)
-        role = pair_roles(score, group_size, self.pairs, self.margin) * valid[..., None]
+        score, valid, metrics = self.scores(rollout, group_size, chunk)
+        unit = typical_spread(score, group_size, valid) if self.margin_in == "spread" else 1.0
+        role = pair_roles(score, group_size, self.pairs, self.margin * unit) * valid[..., None]
         if self.credit != "clip":  # a frame without a stochastic step decided nothing
             role = role * rollout["stochastic"].any(-1)[..., None]
         rollout["role"] = role
@@ -80,5 +87,5 @@ class DPO(Compared):
         role = batch["role"].unflatten(0, (-1, int(batch["group_size"][0])))
         difference = (role * gain.unflatten(0, role.shape[:2])[..., None]).sum(1)
         objective, metrics = preference_loss(self.beta * difference, role.ne(0).any(1))
-        penalty, kl = kl_loss(self.kl_weight, scores, initial, batch["mask"])
-        return {"objective": objective, "kl": penalty}, {**metrics, "kl": kl}
+        penalty, kl = kl_terms(self.kl_weight, scores, initial, batch["mask"])
+        return {"objective": objective, **penalty}, {**metrics, **kl}

@@ -40,9 +40,9 @@ class NFT(GroupRelative):
         if self.draws < 1:
             raise ValueError(f"algorithm.draws must be at least 1, got {self.draws}")
 
-    def prepare(self, rollout: TensorDictBase, group_size: int) -> dict[str, float]:
+    def prepare(self, rollout: TensorDictBase, group_size: int, chunk: int = 1) -> dict[str, float]:
         """Add `advantage [B, M]` and `mask [B, M]`, the frames of groups that are valid."""
-        valid, metrics = self.compare(rollout, group_size)
+        valid, metrics = self.compare(rollout, group_size, chunk)
         rollout["mask"] = valid.clone()
         return metrics
 

@@ -40,10 +40,14 @@ class NFTLoss(PolicyLoss):
         return {}
 
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
-        """Loss terms `loss_objective`, `loss_kl` and detached metrics, all scalars."""
+        """Loss terms `loss_objective`, with a reference `loss_initial`, and detached metrics, all scalars.
+
+        Drifts are mean squared differences of velocities: to the weights that acted, and to the initial policy. No
+        kernel takes part, so they are no KL.
+        """
         batch, s = tensordict, self.settings
         x0, mask = batch["latents"][:, :, -1].float(), batch["mask"]
-        objective, drift, divergence = 3 * [x0.new_zeros(())]
+        objective, drift, departure = 3 * [x0.new_zeros(())]
         for k in range(s.draws):
             v, old = self._velocity(self.actor.transformer, batch, k), batch["forward_old"][:, k]
             target = batch["forward_eps"][:, k] - x0
@@ -52,13 +56,10 @@ class NFTLoss(PolicyLoss):
             if self.reference is not None:
                 with torch.no_grad(), self.reference.network() as initial:
                     first = self._velocity(initial, batch, k)
-                divergence = divergence + masked_mean((v - first).square().mean((2, 3, 4)), mask)
-        terms = {
-            "loss_objective": objective,
-            "loss_kl": s.kl_weight * divergence,
-            "kl": divergence.detach(),
-            "velocity_drift": drift,
-        }
+                departure = departure + masked_mean((v - first).square().mean((2, 3, 4)), mask)
+        terms = {"loss_objective": objective, "velocity_drift": drift}
+        if self.reference is not None:
+            terms |= {"loss_initial": s.kl_weight * departure, "velocity_drift_initial": departure.detach()}
         return TensorDict({name: value / s.draws for name, value in terms.items()}, [])
 
     def _velocity(self, network: nn.Module, batch: TensorDictBase, k: int) -> Tensor:

@@ -62,7 +62,7 @@ class PPO(Updates):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"algorithm.{name} must lie in [0, 1], got {getattr(self, name)}")
 
-    def prepare(self, rollout: TensorDictBase, group_size: int) -> dict[str, float]:
+    def prepare(self, rollout: TensorDictBase, group_size: int, chunk: int = 1) -> dict[str, float]:
         """Add `mask [B, M, N]`, the stochastic steps of samples whose rewards are all valid, to a scored rollout."""
         whole = rollout["valid"].all(1)
         rollout["mask"] = rollout["stochastic"] & whole[:, None, None]

@@ -18,25 +18,31 @@ if TYPE_CHECKING:
     from policies.adapters import ReferencePolicy
 
 
-def chain_advantage(reward: Tensor, value: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+def chain_advantage(reward: Tensor, value: Tensor, gamma: float, lam: float, chunk: int = 1) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimate over the chain of M x N decisions (arXiv 1506.02438), by TorchRL.
+
+    Frames of a chunk take their steps together, so a chunk is one link of the chain: M / `chunk` x N decisions. Its
+    value is the mean of what its frames say, its reward their sum, and its advantage and target are those of all.
 
     Args:
         reward: of each finished frame, `[B, M]`; it comes with the frame's last step.
         value: of the state before each decision, `[B, M, N]`; after the last it is 0.
         gamma, lam: discount and lambda, per decision.
+        chunk: frames denoised together, dividing M.
 
     Returns:
         Advantages and value targets, both `[B, M, N]`.
     """
+    value = value.unflatten(1, (-1, chunk)).mean(2)
     paid = torch.zeros_like(value)
-    paid[..., -1] = reward
+    paid[..., -1] = reward.unflatten(1, (-1, chunk)).sum(2)
     paid, before = (x.flatten(1)[..., None] for x in (paid, value))
     after = torch.cat([before[:, 1:], torch.zeros_like(before[:, :1])], 1)
     done = torch.zeros_like(before, dtype=torch.bool)
     done[:, -1] = True
     advantage, target = generalized_advantage_estimate(gamma, lam, before, after, paid, done, done)
-    return advantage.view_as(value), target.view_as(value)
+    advantage, target = (x.view_as(value).repeat_interleave(chunk, 1) for x in (advantage, target))
+    return advantage, target
 
 
 def normalized(advantage: Tensor, mask: Tensor, eps: float) -> Tensor:
@@ -62,15 +68,17 @@ class PPOLoss(PolicyLoss):
     @torch.no_grad()
     def begin(self, rollout: TensorDictBase) -> dict[str, float]:
         """Add `observation`, `advantage` and `value_target`, all `[B, M, N, ...]`; return how well values fit."""
-        observation = self.critic.observe(rollout)
-        value = self.critic(observation)
-        advantage, target = chain_advantage(rollout["reward"], value, self.settings.gamma, self.settings.lam)
+        observation, chunk = self.critic.observe(rollout), self.actor.causality.chunk
+        value, gamma = self.critic(observation), self.settings.gamma
+        advantage, target = chain_advantage(rollout["reward"], value, gamma, self.settings.lam, chunk)
         whole = rollout["valid"].all(1)
         mask = rollout["mask"]
         rollout["observation"], rollout["value_target"] = observation, target
         eps = self.settings.advantage_eps
         rollout["advantage"] = normalized(advantage, mask, eps) if self.settings.normalize else advantage
-        errors, spread = (target - value)[whole], target[whole]
+        # What was paid, not the target: that contains the value, and so explains itself.
+        paid = chain_advantage(rollout["reward"], torch.zeros_like(value), gamma, 1.0, chunk)[1]
+        errors, spread = (paid - value)[whole], paid[whole]
         return {
             "value": float(value[whole].mean()),
             "explained_variance": float(1 - errors.var() / spread.var().clamp(min=1e-12)),

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from algorithms.pretraining.loop import Fit
     from policies.causal_dit import CausalWanTransformer3DModel
     from policies.causality import Causality
 
@@ -21,27 +22,22 @@ class Preferences:
     """Clips without trajectories have no log-prob; minus the flow matching error stands in its place. Both clips of a
     pair are noised alike, each continues its own first frame.
 
+    How far the policy may leave the initial one is `algorithm.beta`, here the scale of the difference of errors (means
+    over latent values) inside the sigmoid; how it is optimised is `optimizer`.
+
     Attributes:
         file: CSV with the columns path_A, path_B, prompt, verdicts, and maybe tracks; see `data/pairs.py`.
         criterion: column of the verdict.
         fps: clips play at about this rate; none keeps every frame.
-        beta: how far the policy may leave the initial one: scale of the difference of errors inside the sigmoid.
-            Errors are means over latent values.
         batch: pairs per step.
-        lr: peak learning rate.
     """
 
     file: str
     criterion: str = "MQ"
     fps: float | None = None
-    beta: float = 50.0
     batch: int = 4
-    lr: float = 1e-4
 
     def __post_init__(self) -> None:
-        for name in ("beta", "lr"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"stage.{name} must be positive and finite, got {getattr(self, name)}")
         if self.fps is not None and not 0 < self.fps < math.inf:
             raise ValueError(f"stage.fps must be positive, got {self.fps}")
         if self.batch < 1:
@@ -88,35 +84,38 @@ def flow_errors(
 
 
 def learn_preferences(
-    settings: Preferences,
+    batch: int,
+    beta: float,
+    fit: Fit,
     network: CausalWanTransformer3DModel,
     pairs: EncodedPairs,
     causality: Causality,
     sigmas: list[float],
-    steps: int,
     seed: int = 0,
     report: Callable[[str], None] = print,
     state: Path | None = None,
+    record: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
 ) -> CausalWanTransformer3DModel:
     """Train whatever of `network` requires gradient, in place; return it.
 
     Args:
-        settings: see `Preferences`.
+        batch: pairs per step.
+        beta: see `Preferences`.
+        fit: how it is optimised.
         network: the policy, which is also the initial policy.
         pairs: encoded.
         causality: chunk and window; a chunk shares its noise level.
         sigmas: the policy's noise levels.
-        steps: optimizer steps.
         seed: of pairs and noise.
         report: takes a line of progress.
-        state: see `optimise`.
+        state, record: see `optimise`.
     """
     import copy
 
     import torch
 
     from algorithms.losses import preference_loss
-    from algorithms.pretraining.loop import Fit, optimise
+    from algorithms.pretraining.loop import optimise
     from data.draws import Stream, generator
 
     initial = copy.deepcopy(network).requires_grad_(False)
@@ -125,7 +124,7 @@ def learn_preferences(
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = generator(Stream.TRAINING, seed, 20, step)
-        rows = torch.from_numpy(rng.choice(count, min(settings.batch, count), replace=False))
+        rows = torch.from_numpy(rng.choice(count, min(batch, count), replace=False))
         drawn = torch.from_numpy(rng.integers(len(table), size=(len(rows), causality.chunks(frames))))
         sigma = causality.spread(table[drawn], frames).to(pairs.latents)
         shape = (len(rows), *pairs.latents.shape[2:])
@@ -134,10 +133,10 @@ def learn_preferences(
         with torch.no_grad():
             first = flow_errors(initial, pairs, rows, sigma, eps, causality)
         gain = first - now
-        difference = settings.beta * (gain[0] - gain[1])
+        difference = beta * (gain[0] - gain[1])
         loss, metrics = preference_loss(difference, torch.ones_like(difference, dtype=torch.bool))
         return loss, {name: float(value) for name, value in metrics.items()}
 
     trained = [p for p in network.parameters() if p.requires_grad]
-    optimise(trained, Fit(steps, settings.lr, weight_decay=0.0), loss_of, "preferences", report, state=state)
+    optimise(trained, fit, loss_of, "preferences", report, state=state, record=record)
     return network

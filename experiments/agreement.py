@@ -111,13 +111,13 @@ def gradients(session: Session, rollout: TensorDictBase, sizes: list[int]) -> di
     """
     import torch
 
-    compared = {}
+    compared, settings = {}, session.settings
     for size in sizes:
         compared[size] = rollout.clone(recurse=False)
-        session.settings.algorithm.prepare(compared[size], size)
+        settings.algorithm.prepare(compared[size], size, settings.rollout.chunk)
         session.loss_module.begin(compared[size])
     found: dict[int, list[Tensor]] = {size: [] for size in sizes}
-    for rows in torch.arange(len(rollout)).split(session.settings.rollout.group_size):
+    for rows in torch.arange(len(rollout)).split(settings.rollout.group_size):
         with scored_once(session.actor, rollout[rows]):
             for size, batch in compared.items():
                 found[size].append(torch.stack([_gradient(session, batch[part]) for part in rows.split(size)]))

@@ -6,6 +6,7 @@ the result is `<run_dir>/transformer`.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from experiments import train
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from algorithms.preferences import EncodedPairs
     from policies.causal_dit import CausalWanTransformer3DModel
+    from runtime.runlog import RunLog
     from runtime.session import Session
 
 
@@ -63,14 +65,38 @@ def encode(session: Session) -> EncodedPairs:
 
 
 def learn(session: Session, pairs: EncodedPairs, work: Path) -> CausalWanTransformer3DModel:
-    """Train the session's transformer; returns it."""
+    """Train the session's transformer, with a row of `metrics.jsonl` per step; returns it."""
     from algorithms.preferences import learn_preferences
+    from algorithms.pretraining.loop import Fit
 
-    settings, rule = session.settings, session.actor.causality
-    sigmas, network = list(settings.rollout.sigmas), session.episodes.networks.transformer
-    return learn_preferences(
-        settings.stage, network, pairs, rule, sigmas, settings.updates, settings.seed, print, work / "state.pt"
-    )
+    settings, network, logs = session.settings, session.episodes.networks.transformer, list["RunLog"]()
+    o, steps = settings.optimizer, settings.updates
+    rate = partial(o.share, updates=steps)
+    fit = Fit(steps, o.lr, (o.betas[0], o.betas[1]), o.weight_decay, o.grad_clip, rate)
+
+    def record(step: int, metrics: dict[str, float]) -> None:
+        if not logs:  # the first step says what was done before
+            logs.append(settings.logger.open(session.run_dir, session.config, step - 1))
+        logs[0].log(step, metrics)
+
+    rule, sigmas, amount = session.actor.causality, list(settings.rollout.sigmas), settings.stage.batch
+    try:
+        return learn_preferences(
+            amount,
+            settings.algorithm.beta,
+            fit,
+            network,
+            pairs,
+            rule,
+            sigmas,
+            settings.seed,
+            print,
+            work / "state.pt",
+            record,
+        )
+    finally:
+        for log in logs:
+            log.close()
 
 
 if __name__ == "__main__":

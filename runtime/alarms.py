@@ -1,4 +1,5 @@
-"""Alarms for reward hacking: a run says so when its videos change in ways that honest learning does not explain."""
+"""Alarms: a run says so when its videos change in ways that honest learning does not explain, and where an update has
+nothing to learn from."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ if TYPE_CHECKING:
     from runtime.settings import Alarms
 
 SIGN, ALARM = "signs/", "alarm/"
-WORDS = {"edges": "edges", "motion": "motion", "diversity": "diversity inside a group"}
+WORDS = {"edges": "edges", "motion": "motion", "diversity": "diversity inside a group"}  # signs in the videos
+OTHERS = {"kl": "KL", "pairs": "updates without a pair of samples (lower algorithm.margin, or set margin_in=spread)"}
 
 
 class Watch:
@@ -28,7 +30,7 @@ class Watch:
             self._learn(row)
 
     def check(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """`alarm/<name>` for every alarm that this update sets off: the ratio to the first updates, or the KL."""
+        """`alarm/<name>` for every alarm of this update: the ratio to the first updates, the KL, or 0 pairs."""
         found = {}
         for name in WORDS:
             value, base = metrics.get(f"{SIGN}{name}"), self._first.get(name, [])
@@ -37,9 +39,10 @@ class Watch:
             ratio = value / (sum(base) / len(base))
             if not 1 / self.settings.factor <= ratio <= self.settings.factor:
                 found[f"{ALARM}{name}"] = ratio
-        kl = metrics.get("kl", 0.0)
-        if kl > self.settings.kl:
-            found[f"{ALARM}kl"] = kl
+        if metrics.get("kl", 0.0) > self.settings.most_kl:
+            found[f"{ALARM}kl"] = metrics["kl"]
+        if metrics.get("pairs") == 0:
+            found[f"{ALARM}pairs"] = 0.0
         self._learn(metrics)
         return found
 
@@ -55,7 +58,8 @@ def sentences(metrics: Mapping[str, Any]) -> list[str]:
     found = []
     for key in (key for key in metrics if key.startswith(ALARM)):
         name, value = key.removeprefix(ALARM), float(metrics[key])
-        found.append(f"KL {value:.3g}" if name == "kl" else f"{WORDS[name]} x {value:.2f}")
+        said = {"kl": f"KL {value:.3g}", "pairs": "no pair of samples, nothing learned"}
+        found.append(said.get(name) or f"{WORDS[name]} x {value:.2f}")
     return found
 
 
@@ -68,5 +72,6 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> str:
             name = key.removeprefix(ALARM)
             first.setdefault(name, row.get("step", row.get("update", "?")))
             count[name] = count.get(name, 0) + 1
-    parts = [f"{WORDS.get(name, 'KL')} (from update {first[name]}, {count[name]} times)" for name in first]
-    return f"Look at the videos: alarms for {'; '.join(parts)}." if parts else ""
+    parts = [f"{(WORDS | OTHERS)[name]} (from update {first[name]}, {count[name]} times)" for name in first]
+    look = "Look at the videos: alarms" if first.keys() - {"pairs"} else "Alarms"
+    return f"{look} for {'; '.join(parts)}." if parts else ""

@@ -3,12 +3,14 @@ naming key and fix."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from data.draws import Stream, generator
+from data.pairs import read_pairs
 from runtime.checkpoint import complete_steps, read_state
 from runtime.identity import BEGUN
 from runtime.settings import Settings, require
@@ -24,7 +26,7 @@ def check(settings: Settings) -> None:
         ValueError: settings that contradict each other.
         FileNotFoundError: a file or folder that does not exist.
     """
-    learning = (groups, minibatches, stochasticity) if settings.stage is None else (step1,)
+    learning = (groups, minibatches, stochasticity, alarms) if settings.stage is None else (step1, preferences)
     for rule in (*learning, trackers, scorers, frames, clips, run_folder):
         rule(settings)
 
@@ -93,6 +95,20 @@ def stochasticity(settings: Settings) -> None:
         raise ValueError(f"schedule does not fit rollout.sigmas={sigmas}: {error}") from error
 
 
+def alarms(settings: Settings) -> None:
+    """An alarm that is asked for can go off."""
+    algorithm, limit = settings.algorithm, settings.alarms.kl
+    require(
+        limit is None or algorithm.needs_log_prob,
+        f"alarms.kl={limit}: {_name(algorithm)} uses no log-probs, so there is no KL to watch; take it out",
+    )
+    require(
+        limit is None or algorithm.kl_weight > 0 or algorithm.needs_reference,
+        f"alarms.kl={limit}: a run without algorithm.kl_weight does not measure the KL; set it, such as "
+        f"algorithm.kl_weight=0.001, or take the alarm out",
+    )
+
+
 def trackers(settings: Settings) -> None:
     """A tracker that rewards is cheated first; it cannot also be the judge."""
     require(
@@ -157,6 +173,24 @@ def step1(settings: Settings) -> None:
         wide <= settings.rollout.frames,
         f"strategy.frames={wide} is more than rollout.frames={settings.rollout.frames}; make it smaller",
     )
+
+
+def preferences(settings: Settings) -> None:
+    """DPO from a file: the list can be read, and nothing is set that only rollouts have."""
+    stage, algorithm = settings.stage, settings.algorithm
+    if not hasattr(stage, "criterion"):
+        return
+    require(
+        hasattr(algorithm, "beta"), f"stage=pairs is DPO, not {_name(algorithm)}; use algorithm=dpo, or no stage=pairs"
+    )
+    for field in dataclasses.fields(algorithm):
+        value = getattr(algorithm, field.name)
+        require(
+            field.name == "beta" or value == field.default,
+            f"algorithm.{field.name}={value} has no effect with stage=pairs, which learns from clips and not from "
+            f"rollouts; take it out",
+        )
+    read_pairs(Path(stage.file).expanduser(), stage.criterion)
 
 
 def run_folder(settings: Settings) -> None:

@@ -102,7 +102,7 @@ class Session:
         group = self.settings.rollout.group_size
         terms = self.rewards.evaluate(video, self._clips)
         rollout.update(self.rewards.add(terms, group))
-        metrics = self.settings.algorithm.prepare(rollout, group)
+        metrics = self.settings.algorithm.prepare(rollout, group, self.settings.rollout.chunk)
         named = {f"reward_terms/{k}" if k in terms else k: v for k, v in metrics_of(terms).items()}
         valid = rollout["valid"]
         reward = float(rollout["reward"][valid].mean()) if bool(valid.any()) else float("nan")

@@ -10,7 +10,7 @@ import itertools
 import math
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 # A node with `_target_`: the choice of a config group, built by its own class.
 Component = Any
@@ -183,17 +183,26 @@ class Alarms:
     Attributes:
         warmup: first updates, whose mean the later ones are compared with.
         factor: edges, motion or diversity inside a group that grow or shrink by more set off an alarm.
-        kl: KL to the initial policy, nats per latent value, above which there is an alarm.
+        kl: KL to the initial policy, nats per latent value, above which there is an alarm; none: 0.05, in runs that
+            measure it (`algorithm.kl_weight` > 0, and DPO).
     """
+
+    usual_kl: ClassVar[float] = 0.05
 
     warmup: int = 5
     factor: float = 2.0
-    kl: float = 0.05
+    kl: float | None = None
 
     def __post_init__(self) -> None:
         _at_least(self, "alarms", 1, "warmup")
         require(math.isfinite(self.factor) and self.factor > 1, f"alarms.factor must be more than 1, got {self.factor}")
-        _positive(self, "alarms", "kl")
+        if self.kl is not None:
+            _positive(self, "alarms", "kl")
+
+    @property
+    def most_kl(self) -> float:
+        """KL above which there is an alarm."""
+        return self.usual_kl if self.kl is None else self.kl
 
 
 @dataclass(frozen=True)

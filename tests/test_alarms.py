@@ -50,6 +50,9 @@ def test_cheats_set_alarms_off_and_small_changes_do_not() -> None:
         alarms = watch.check(named(video))
         assert (f"alarm/{name}" in alarms) == (name != "honest"), (name, alarms)
     assert Watch(Alarms(kl=0.1)).check({"kl": 0.2}) == {"alarm/kl": 0.2}
+    assert Watch(Alarms(kl=0.3)).check({"kl": 0.2}) == Watch(Alarms()).check({"kl": 0.04}) == {}
+    assert Watch(Alarms()).check({"kl": 0.2}) == {"alarm/kl": 0.2}
+    assert Watch(Alarms()).check({"pairs": 0.0}) == {"alarm/pairs": 0.0} and not Watch(Alarms()).check({"pairs": 1.0})
 
 
 def test_a_resumed_run_compares_with_the_same_first_updates() -> None:
@@ -68,6 +71,8 @@ def test_alarms_in_words() -> None:
         summary(rows) == "Look at the videos: alarms for edges (from update 3, 2 times); KL (from update 4, 1 times)."
     )
     assert summary([{"step": 1}]) == ""
+    assert sentences({"alarm/pairs": 0.0}) == ["no pair of samples, nothing learned"]
+    assert summary([{"step": 1, "alarm/pairs": 0.0}]).startswith("Alarms for updates without a pair of samples (lower")
 
 
 def test_a_run_logs_signs_and_reports_alarms(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,3 +82,13 @@ def test_a_run_logs_signs_and_reports_alarms(model: Path, tmp_path: Path, capsys
     assert any("alarm/kl" in row for row in rows) and "ALARM KL" in capsys.readouterr().err
     assert "alarms for KL (from update" in (tmp_path / "report.html").read_text()
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+
+
+def test_a_run_says_where_dpo_finds_no_pair(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["algorithm=dpo", "reward=1e-6*aesthetic", "rollout.group_size=4"]
+    run(plan(model, tmp_path / "reward", *options))
+    assert "ALARM no pair of samples" in capsys.readouterr().err
+    run(plan(model, tmp_path / "spread", *options, "algorithm.margin_in=spread"))
+    assert "ALARM" not in capsys.readouterr().err
+    rows = [next(row for row in history(tmp_path / name) if "pairs" in row) for name in ("reward", "spread")]
+    assert rows[0]["pairs"] == 0 and "grad_norm" not in rows[0] and rows[1]["pairs"] > 0 < rows[1]["grad_norm"]

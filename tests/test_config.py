@@ -41,6 +41,7 @@ REFUSED_ALONE = {
     ("transition", "ode"): "no stochastic steps",
     ("tracker", "lucas_kanade"): "must not be the one that rewards",
     ("stage", "distill"): "only a part trains",
+    ("stage", "pairs"): "stage=pairs is DPO, not GRPO",
 }
 PRIMARY = {"smoke_finetune": "finetune", "smoke_distill": "distill"}  # choices that are for one experiment
 REWARDS = sorted(p.stem for p in (CONF / "reward").glob("*.yaml"))
@@ -261,6 +262,8 @@ def test_any_override_composes_and_validates_or_is_refused(key: str, value: str,
             "minibatches=3 does not divide the 64 samples.*1, 2, 4, 8, 16, 32 or 64",
         ),
         (["schedule=none"], "schedule=none leaves GRPO nothing to learn"),
+        (["alarms.kl=0.1", "algorithm.kl_weight=0"], r"alarms\.kl=0\.1.*set it, such as algorithm\.kl_weight"),
+        (["alarms.kl=0.1", "algorithm=nft", "algorithm.kl_weight=1"], r"alarms\.kl=0\.1: NFT uses no log-probs"),
         (["transition=ode"], "transition=ode"),
         (["rollout.sigmas=[1.0,0.0]"], "rollout.sigmas"),
         (["rollout.sigmas=[1.0,0.5,0.7,0.0]"], "fall strictly"),

@@ -191,7 +191,7 @@ def test_step_weights_even_the_gradient_out(kernel: Any) -> None:
     assert norms[0] == pytest.approx(float(k[0, 0, :2].mean()), rel=0.02)
 
 
-class _MeanNormal(torch.distributions.Distribution):
+class MeanNormal(torch.distributions.Distribution):
     """What TorchRL needs to know of a kernel: a Gaussian whose log-prob is ours."""
 
     arg_constraints: dict[str, Any] = {}  # noqa: RUF012  torch's own class attribute
@@ -224,7 +224,7 @@ def test_equals_clip_ppo_of_torchrl() -> None:
     actor = ProbabilisticTensorDictSequential(
         TensorDictModule(net, ["state"], ["loc"]),
         ProbabilisticTensorDictModule(
-            ["loc", "scale"], ["action"], distribution_class=_MeanNormal, return_log_prob=True
+            ["loc", "scale"], ["action"], distribution_class=MeanNormal, return_log_prob=True
         ),
     )
     theirs = ClipPPOLoss(actor, critic_network=None, clip_epsilon=clip, entropy_bonus=False, functional=False)

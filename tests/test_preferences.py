@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from algorithms.preferences import EncodedPairs, Preferences, flow_errors, learn_preferences
+from algorithms.preferences import EncodedPairs, flow_errors, learn_preferences
+from algorithms.pretraining import loop
+from algorithms.pretraining.loop import Fit
 from data.pairs import load_pairs, read_pairs
 from experiments import dpo
 from policies.causality import Causality
-from runtime.cli import SetupError
+from runtime import runlog
 from runtime.config import CONF, Plan, validate
+from runtime.session import Session
 from runtime.videos import write
 from tests.test_algorithms import network
 
@@ -114,8 +118,8 @@ def test_the_policy_comes_to_prefer_what_people_preferred() -> None:
             return flow_errors(model, pairs, torch.arange(3), sigma, eps, Causality())
 
     start = errors()
-    settings = Preferences("unused", beta=5.0, batch=3, lr=2e-3)
-    learn_preferences(settings, model, pairs, Causality(), [1.0, 0.755, 0.522, 0.0], 60, report=lines.append)
+    fit = Fit(60, 2e-3, weight_decay=0.0)
+    learn_preferences(3, 5.0, fit, model, pairs, Causality(), [1.0, 0.755, 0.522, 0.0], report=lines.append)
     gain = start - errors()
     assert (gain[0] > gain[1]).all(), "what was preferred has become likelier than what was not"
     first, last = lines[0], lines[-1]
@@ -137,15 +141,59 @@ def test_the_experiment_runs_and_leaves_a_transformer(
     dpo.run(made)
     found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert found["before"]["motion_error_px"] > 0 and (tmp_path / "run" / "transformer" / "config.json").is_file()
+    rows = runlog.read(tmp_path / "run")
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert all({"loss", "grad_norm", "preference_accuracy", "preference_margin"} <= set(row) for row in rows)
+    assert rows[0]["loss"] == pytest.approx(math.log(2)) and rows[0]["grad_norm"] > 0
 
 
-def test_what_is_missing_is_refused_in_one_line(model: Path, tmp_path: Path, listed: Path) -> None:
-    with pytest.raises(ValueError, match=r"stage\.file is missing"):
-        plan(model, tmp_path / "run")
-    with pytest.raises(SetupError, match="no file at"):
-        dpo.run(plan(model, tmp_path / "run", "stage.file=nosuch.csv"))
-    with pytest.raises(SetupError, match="no column TA"):
-        dpo.run(plan(model, tmp_path / "run", f"stage.file={listed}", "stage.criterion=TA"))
+def test_offline_learning_follows_the_optimizer_and_beta(model: Path, tmp_path: Path, listed: Path) -> None:
+    def after(name: str, *options: str) -> tuple[float, list[dict[str, Any]]]:
+        made = plan(model, tmp_path / name, f"stage.file={listed}", "stage.batch=2", "updates=3", *options)
+        session = Session(made.settings, made.config)
+        before = [p.detach().clone() for p in session.parameters]
+        session.run_dir.mkdir()
+        dpo.learn(session, dpo.encode(session), session.run_dir)
+        moved = max(float((p.detach() - q).abs().max()) for p, q in zip(session.parameters, before, strict=True))
+        return moved, runlog.read(session.run_dir)
+
+    base, rows = after("base", "optimizer.lr=1e-3", "optimizer.decay=0")
+    assert base == pytest.approx(3e-3, rel=0.2), "AdamW's first steps are as long as its learning rate"
+    slow, _ = after("slow", "optimizer.lr=1e-4", "optimizer.decay=0")
+    falling, _ = after("falling", "optimizer.lr=1e-3", "optimizer.decay=1")
+    assert slow < 0.2 * base and 0.5 * base < falling < 0.8 * base
+    _, steep = after("steep", "optimizer.lr=1e-3", "optimizer.decay=0", "algorithm.beta=500")
+    assert steep[0]["grad_norm"] == pytest.approx(10 * rows[0]["grad_norm"], rel=1e-3)
+
+
+def test_a_run_of_pairs_goes_on_with_its_metrics(
+    model: Path, tmp_path: Path, listed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = [f"stage.file={listed}", "stage.batch=1", "updates=3"]
+    dpo.run(plan(model, tmp_path / "whole", *whole))
+    kept = loop.keep
+    with monkeypatch.context() as patch:  # stop after two steps, as a kill would
+        patch.setattr(loop, "EVERY", 2)
+        patch.setattr(loop, "keep", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt(kept(*a))))
+        with pytest.raises(KeyboardInterrupt):
+            dpo.run(plan(model, tmp_path / "parts", *whole))
+    assert [row["step"] for row in runlog.read(tmp_path / "parts")] == [1, 2]
+    dpo.run(plan(model, tmp_path / "parts", *whole, "resume=true"))
+    assert runlog.read(tmp_path / "parts") == runlog.read(tmp_path / "whole")
+
+
+def test_what_is_wrong_is_refused_in_one_line_before_anything_loads(model: Path, tmp_path: Path, listed: Path) -> None:
+    for options, words in (
+        ([], r"stage\.file is missing"),
+        (["stage.file=nosuch.csv"], r"stage\.file: no file at nosuch\.csv"),
+        ([f"stage.file={listed}", "stage.criterion=TA"], "no column TA"),
+        ([f"stage.file={listed}", "algorithm.pairs=3"], r"algorithm\.pairs=3 has no effect with stage=pairs"),
+        ([f"stage.file={listed}", "algorithm=grpo"], "stage=pairs is DPO, not GRPO"),
+        ([f"stage.file={listed}", "optimizer.ema=0.5"], r"optimizer\.ema=0\.5 has no effect"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=words) as refused:
+            plan(model, tmp_path / "run", *options)
+        assert "\n" not in str(refused.value)
 
 
 @pytest.mark.skipif(not REAL.is_file(), reason="no real pairs here")

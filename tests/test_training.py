@@ -50,15 +50,19 @@ def history(run_dir: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if not k.startswith("seconds/")} for row in rows]
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(model: Path, tmp_path: Path) -> None:
-    options = ["algorithm.minibatches=2", "algorithm.epochs=2", "optimizer.ema=0.5", "optimizer.decay=0"]
+@pytest.mark.parametrize("algorithm", [["algorithm=grpo"], ["algorithm=ppo", "reward=aesthetic"]])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
+    model: Path, tmp_path: Path, algorithm: list[str]
+) -> None:
+    options = ["algorithm.minibatches=2", "algorithm.epochs=2", "optimizer.ema=0.5", "optimizer.decay=0", *algorithm]
     run(plan(model, tmp_path / "whole", *options, "updates=3"))
     run(plan(model, tmp_path / "parts", *options, "updates=1"))
     run(plan(model, tmp_path / "parts", *options, "updates=3", "resume=true"))
     whole, parts = (tmp_path / name / "checkpoints" / "step_000003" for name in ("whole", "parts"))
-    for file in ("weights", "optimizer", "ema"):
+    critic = ["critic"] if "algorithm=ppo" in algorithm else []
+    for file in ("weights", "optimizer", "ema", *critic):
         ours, theirs = (load_file(folder / f"{file}.safetensors") for folder in (whole, parts))
-        assert ours.keys() == theirs.keys()
+        assert ours.keys() == theirs.keys() and ours
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     # The run that was told to end after one update evaluated there as well.
     updates = [[r for r in history(tmp_path / name) if "reward" in r] for name in ("whole", "parts")]

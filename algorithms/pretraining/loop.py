@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from policies.ema import EMA
 
+EVERY = 500  # steps between two writings of the state
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -27,6 +29,7 @@ class Fit:
         betas: AdamW's.
         weight_decay: AdamW's.
         clip: largest gradient norm.
+        share: learning rate of a step as a share of `lr`, in place of that warm-up and cosine.
     """
 
     steps: int
@@ -34,6 +37,7 @@ class Fit:
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 1e-3
     clip: float = 1.0
+    share: Callable[[int], float] | None = None
 
 
 def optimizers(weights: list[nn.Parameter], matrices: Iterable[nn.Parameter], fit: Fit) -> list[Optimizer]:
@@ -62,6 +66,8 @@ def matrices(model: nn.Module) -> list[nn.Parameter]:
 
 def learning_rate(fit: Fit, step: int) -> float:
     """Learning rate of a step (0-based)."""
+    if fit.share is not None:
+        return fit.lr * fit.share(step)
     return fit.lr * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * math.cos(0.5 * math.pi * step / fit.steps) ** 2)
 
 
@@ -74,6 +80,7 @@ def optimise(
     ema: EMA | None = None,
     matrices: Iterable[nn.Parameter] = (),
     state: Path | None = None,
+    record: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
 ) -> None:
     """Minimise `loss_of(step)`; report every 100 steps.
 
@@ -82,7 +89,9 @@ def optimise(
         loss_of: gives the loss of a step and what to report beside it; a function of the step and the weights alone.
         ema: updated after every step.
         matrices: those of the parameters that Muon updates; the others are AdamW's.
-        state: file that is written every 500 steps; where it exists, training goes on from it.
+        state: file that is written every `EVERY` steps; where it exists, training goes on from it.
+        record: takes the number of steps done and their last one's metrics: loss, norm of its gradient before
+            clipping, and what `loss_of` reports.
     """
     import torch
 
@@ -103,10 +112,11 @@ def optimise(
             optimizer.zero_grad()
         if ema is not None:
             ema.update()
+        record(step + 1, {"loss": float(loss.detach()), "grad_norm": norm, **extra})
         if step % 100 == 0 or step == fit.steps - 1:
             values = " ".join(f"{k} {v:.4f}" for k, v in {"loss": loss.item(), **extra}.items())
             report(f"{name} {step}/{fit.steps} {values} {time.perf_counter() - started:.0f}s")
-        if state is not None and (step + 1) % 500 == 0:
+        if state is not None and (step + 1) % EVERY == 0:
             keep(state, step + 1, weights, steppers, ema)
 
 
