@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +23,6 @@ if TYPE_CHECKING:
     from tensordict import TensorDictBase
     from torch import Tensor
 
-    from policies.actor import Actor
     from runtime.session import Session
 
 SMALLEST, REPLICATES = 4, 200
@@ -80,24 +77,6 @@ def group_sizes(samples: int) -> list[int]:
     return found or [samples // 2]
 
 
-@contextmanager
-def scored_once(actor: Actor, batch: TensorDictBase) -> Iterator[None]:
-    """Within this, samples of `batch` are scored in one pass whose graph is kept, however often they are asked for."""
-    from functools import cache
-
-    evaluate = actor.evaluate
-    scores, keys = cache(lambda: evaluate(batch)), batch["key"]
-
-    def remembered(part: TensorDictBase) -> TensorDictBase:
-        return scores()[(part["key"][:, None] == keys).all(-1).nonzero()[:, 1]]
-
-    setattr(actor, "evaluate", remembered)  # noqa: B010 - the instance's, which hides the method
-    try:
-        yield
-    finally:
-        delattr(actor, "evaluate")
-
-
 def gradients(session: Session, rollout: TensorDictBase, sizes: list[int]) -> dict[int, Tensor]:
     """Gradients of the objective of single groups; the weights stay.
 
@@ -118,18 +97,17 @@ def gradients(session: Session, rollout: TensorDictBase, sizes: list[int]) -> di
         session.loss_module.begin(compared[size])
     found: dict[int, list[Tensor]] = {size: [] for size in sizes}
     for rows in torch.arange(len(rollout)).split(settings.rollout.group_size):
-        with scored_once(session.actor, rollout[rows]):
-            for size, batch in compared.items():
-                found[size].append(torch.stack([_gradient(session, batch[part]) for part in rows.split(size)]))
+        for size, batch in compared.items():
+            found[size].append(torch.stack([_gradient(session, batch[part]) for part in rows.split(size)]))
     return {size: torch.stack(prompts) for size, prompts in found.items()}
 
 
 def _gradient(session: Session, batch: TensorDictBase) -> Tensor:
-    """Gradient `[D]` of the objective; its graph stays. Weights that take no part have gradient 0."""
+    """Gradient `[D]` of the objective. Weights that take no part have gradient 0."""
     import torch
 
     loss = session.loss_module(batch)["loss_objective"]
-    each = torch.autograd.grad(loss, session.parameters, allow_unused=True, retain_graph=True)
+    each = torch.autograd.grad(loss, session.parameters, allow_unused=True)
     pairs = zip(session.parameters, each, strict=True)
     return torch.cat([torch.zeros(p.numel()) if g is None else g.flatten().cpu() for p, g in pairs])
 
