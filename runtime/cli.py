@@ -109,7 +109,7 @@ class _Outcome:
         try:
             action()
         except (HydraException, SetupError, ValueError, OSError) as error:
-            return self.report(_readable(error, known), REFUSED)
+            return self.report(readable(error, known), REFUSED)
         except TypeError:
             # Hydra 1.3 trips over `world=[1,2]`; errors of the run itself never come this far.
             return self.report("a config group takes the name of a choice, such as world=sprites, not numbers", REFUSED)
@@ -181,7 +181,7 @@ def _sweeps_that_go_on(outcome: _Outcome, known: Callable[[], list[str]]) -> Ite
             try:
                 sweeper.hydra_context.config_loader.load_sweep_config(sweeper.config, list(overrides))
             except HydraException as error:
-                code = outcome.report(f"{' '.join(overrides)}: {_readable(error, known)}", REFUSED)
+                code = outcome.report(f"{' '.join(overrides)}: {readable(error, known)}", REFUSED)
                 outcome.cells, outcome.codes = outcome.cells + 1, [*outcome.codes, code]
                 batch.remove(overrides)
 
@@ -209,7 +209,7 @@ def _wants_traceback() -> bool:
     return "1" in (os.environ.get("ARDRAG_TRACEBACK"), os.environ.get("HYDRA_FULL_ERROR"))
 
 
-def _readable(error: Exception, known: Callable[[], list[str]]) -> str:
+def readable(error: Exception, known: Callable[[], list[str]]) -> str:
     """Return an error of composition as one line that names the key, and what would be valid."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = error.missing_cfg_file.rpartition("/")
