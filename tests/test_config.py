@@ -40,6 +40,7 @@ REFUSED_ALONE = {
     ("schedule", "none"): "nothing to learn",
     ("transition", "ode"): "no stochastic steps",
     ("tracker", "lucas_kanade"): "must not be the one that rewards",
+    ("tracker", "cotracker3"): r"needs CoTracker: pip install|tracker\.checkpoint is not set",
     ("stage", "distill"): "only a part trains",
 }
 PRIMARY = {"smoke_finetune": "finetune", "smoke_distill": "distill"}  # choices that are for one experiment

@@ -120,41 +120,6 @@ class TestMotion:
         assert mean == pytest.approx(2 * math.sqrt(2), abs=1e-4)
 
 
-class TestCheats:
-    """What a policy could do instead of moving the object; a mover half a pixel off must beat each."""
-
-    def value(self, video: Tensor, support: int, profile: str) -> float:
-        reward = Motion(profile=profile, support=support)
-        reward.prepare(RewardContext("cpu", NCC(), Path("assets")))
-        return float(reward.score(video[None], asking(PATH)).value[:, 1:].mean())
-
-    @pytest.mark.parametrize("profile", ["paper", "train"])
-    @pytest.mark.parametrize("support", [0, 4])
-    @pytest.mark.parametrize("seed", range(4))
-    def test_honest_mover_wins(self, seed: int, support: int, profile: str) -> None:
-        still = PATH[:1].expand_as(PATH)
-        frozen = render(still, seed=seed)
-        off = torch.tensor([0.5, 0.0]) * (torch.arange(17) > 0)[:, None]
-        honest = self.value(render(PATH + off, seed=seed), support, profile)
-
-        dot = frozen.clone()  # paints the control's heatmap instead of moving the object
-        y, x = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
-        for t in range(1, 17):
-            heat = torch.exp(-((x - PATH[t, 0]) ** 2 + (y - PATH[t, 1]) ** 2) / 8)
-            dot[:, t] = dot[:, t] * (1 - heat) + heat
-        jump = PATH.clone()  # stays, then is at the end of the path
-        jump[:9], jump[9:] = PATH[0], PATH[-1]
-        destroyed = render(PATH, seed=seed)  # moves, but leaves a flat disc
-        for t in range(1, 17):
-            disc = ((x - PATH[t, 0]) ** 2 + (y - PATH[t, 1]) ** 2 <= 25).expand(3, -1, -1)
-            destroyed[:, t][disc] = 0.2
-
-        cheats = {"static": frozen, "dot": dot, "teleport": render(jump, seed=seed), "destroyed": destroyed}
-        scores = {name: self.value(video, support, profile) for name, video in cheats.items()}
-        assert honest > 4
-        assert all(score < honest - 0.5 for score in scores.values()), scores
-
-
 def tiny_clip(folder: Path, width: int = 768) -> Path:
     """A random CLIP tower with the projection width of ViT-L/14, so that it takes the real head."""
     from safetensors.torch import save_file
