@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 # A node with `_target_`: the choice of a config group, built by its own class.
@@ -123,11 +123,13 @@ class Scoring:
         on_failure: what a failed or non-finite term does: `drop` leaves its group out and counts it, `stop`
             ends the run.
         epsilon: added to the spread in `normalize_then_sum`.
+        optional: names of terms that may fail: the group of a failure is then summed without the term.
     """
 
     combine: Literal["sum_then_normalize", "normalize_then_sum"]
     on_failure: Literal["drop", "stop"]
     epsilon: float
+    optional: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         _positive(self, "scoring", "epsilon")
@@ -261,3 +263,5 @@ class Settings:
         )
         require(self.updates >= 1, f"updates must be at least 1, got {self.updates}")
         require(len(self.reward) >= 1, "reward is empty; name at least one, such as reward=motion")
+        for name in self.scoring.optional:
+            require(name in self.reward, f"scoring.optional names {name}, but reward is {' + '.join(self.reward)}")
