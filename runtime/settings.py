@@ -143,18 +143,20 @@ class Evaluation:
         every: updates between evaluations; the first and the last state of the weights are always
             evaluated. 0: only these.
         clips: number of clips.
-        split: `heldout` or `hard`.
+        split: `heldout`, `hard` or `benchmark` (drags from very short to very long; 206 clips are the benchmark).
         tracker: finds the motion in generated clips; must be of another kind than the one that rewards.
         scorer: folder of the vision tower that judges looks, under the model's folder; not the one that rewards.
         sampler: `ode`, or `renoise`: every step puts fresh noise on the prediction, as distillation does in training.
+        extractor: features of Frechet distances, such as `+extractor=inception_i3d`; none: the scorer's tower.
     """
 
     every: int
     clips: int
-    split: Literal["heldout", "hard"]
+    split: Literal["heldout", "hard", "benchmark"]
     tracker: Component
     scorer: str
     sampler: Literal["ode", "renoise"] = "ode"
+    extractor: Component = None
 
     def __post_init__(self) -> None:
         _at_least(self, "evaluation", 0, "every")
