@@ -12,7 +12,7 @@ PIP      := $(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -
 SOURCES  := envs policies rewards algorithms data tracking metrics runtime experiments benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow lint bench learn ablation-step1 compare study tiny clean
+.PHONY: help venv demo test test-slow lint bench bench-trackers tables learn ablation-step1 compare study tiny clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,12 @@ lint: $(VENV)/.installed-dev  ## ruff and mypy
 
 bench: $(VENV)/.installed  ## seconds per phase of an iteration, and the speed of rollout and re-scoring
 	$(BIN)/python -m benchmarks $(ARGS)
+
+bench-trackers: $(VENV)/.installed  ## trackers on 200 clips whose tracks are known; ARGS="--folder my_videos" adds real ones
+	$(BIN)/python -m benchmarks.trackers $(ARGS)
+
+tables: $(VENV)/.installed  ## the paper's Tables 2 and 3 and Figure 6 on the embedded world, 3 seeds (long; goes on where it stopped)
+	$(BIN)/python experiments/tables.py $(ARGS)
 
 learn: $(VENV)/.installed  ## the learning result of the README: 3 seeds and the controls (long; goes on where it stopped)
 	$(BIN)/python experiments/learn.py $(ARGS)

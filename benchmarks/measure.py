@@ -39,14 +39,8 @@ def conditions(session: Session) -> dict[str, Any]:
     settings, transformer = session.settings, session.episodes.networks.transformer
     rollout, cuda = settings.rollout, session.device.startswith("cuda")
     return {
-        "date": time.strftime("%Y-%m-%d %H:%M"),
-        "commit": commit(),
-        "processor": processor(),
-        "cores": cores(),
-        "threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 2),
+        **machine(),
         "device": torch.cuda.get_device_name(session.device) if cuda else session.device,
-        "versions": versions(),
         "seed": settings.seed,
         "samples of an iteration": rollout.prompts * rollout.group_size,
         "latent frames": rollout.frames,
@@ -56,6 +50,19 @@ def conditions(session: Session) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in transformer.parameters()),
         "schedule": type(settings.schedule).__name__,
         "transition": settings.transition.name,
+    }
+
+
+def machine() -> dict[str, Any]:
+    """Where and when a number was measured."""
+    return {
+        "date": time.strftime("%Y-%m-%d %H:%M"),
+        "commit": commit(),
+        "processor": processor(),
+        "cores": cores(),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2),
+        "versions": versions(),
     }
 
 

@@ -105,7 +105,7 @@ class ClipBatch:
 
 
 class World(Protocol):
-    """A source of clips. Splits are `train`, `heldout` and `hard`."""
+    """A source of clips. Splits are `train`, `heldout`, `hard` and `benchmark`."""
 
     @property
     def buckets(self) -> list[tuple[int, int]]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from tracking.trajectory import Trajectory
 
-SPLITS = ("train", "heldout", "hard")
+SPLITS = ("train", "heldout", "hard", "benchmark")
 # Track files that may stand beside `name.mp4`; the plain `name.txt` is its caption.
 TRACK_FILES = ("{}.npz", "{}.npy", "{}_tracks.npy", "{}.pth", "{}.tracks.txt")
 # From this many clips on, the held-out split takes whole clips.
@@ -49,7 +49,7 @@ class Clips:
 
     With 8 clips or more the held-out split holds whole clips. With fewer it holds the last windows of each
     clip (or, where there is one window, some of its points): these may share frames with training, so they
-    measure other drags of known scenes, not new scenes. There is no hard split.
+    measure other drags of known scenes, not new scenes. There is no hard split; `benchmark` is the held-out one.
 
     Attributes:
         folder: holds the clips.
@@ -159,6 +159,7 @@ class Clips:
                     late_or_spare = window in late if late else point in spare
                     held = clip in held_clips if total >= SPLIT_BY_CLIP else late_or_spare
                     split["heldout" if held else "train"].append((clip, start, point))
+        split["benchmark"] = split["heldout"]
         return {name: sorted(rows, key=lambda row: (row[2], row[1], row[0])) for name, rows in split.items()}
 
     @cached_property

@@ -8,7 +8,7 @@ rendered on demand, no frame is stored, and the touched point's track is exact t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,9 @@ from tracking.trajectory import Trajectory
 
 Array = NDArray[np.floating]
 
-SPLITS = {"train": 0, "heldout": 1, "hard": 2}
+SPLITS = {"train": 0, "heldout": 1, "hard": 2, "benchmark": 3}
+# Speeds of the benchmark's clips, in turn, relative to the world's: from drags that hardly move to long ones.
+PACES = (0.4, 0.8, 1.2, 1.8)
 COLOURS: dict[str, tuple[float, float, float]] = {
     "red": (0.90, 0.18, 0.15),
     "green": (0.20, 0.75, 0.25),
@@ -103,7 +105,8 @@ class Sprites:
 
         height, width = bucket
         rng = generator(Stream.DATA, self.seed, _split_id(split), height, width, index)
-        scene = _draw_scene(self, rng, height, width, hard=split == "hard")
+        world = replace(self, speed=self.speed * PACES[index % len(PACES)]) if split == "benchmark" else self
+        scene = _draw_scene(world, rng, height, width, hard=split == "hard")
         video = _render(scene, self.frames, height, width)
         xy, visible = _touched(scene, height, width)
         inside = _inside(xy, height, width)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -28,14 +30,16 @@ class Composite:
             `normalize_then_sum` brings each term to zero mean and unit spread within its group and latent
             frame first.
         on_failure: what a failed or non-finite term does: `drop` marks its samples as invalid, `stop`
-            raises RewardFailed.
+            raises RewardFailed. Whatever a term raises, and an answer of another shape, is a failure of all samples.
         epsilon: added to the spread in `normalize_then_sum`.
+        optional: terms that may fail: where one did, all samples of the group are summed without it.
     """
 
     terms: dict[str, Reward]
     combine: str = "sum_then_normalize"
     on_failure: str = "drop"
     epsilon: float = 1e-4
+    optional: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if not self.terms:
@@ -48,6 +52,9 @@ class Composite:
             raise ValueError(f"reward on_failure must be one of {', '.join(ON_FAILURE)}, got {self.on_failure}")
         if not (self.epsilon > 0 and math.isfinite(self.epsilon)):
             raise ValueError(f"reward epsilon must be positive and finite, got {self.epsilon}")
+        unknown = [name for name in self.optional if name not in self.terms]
+        if unknown:
+            raise ValueError(f"optional names {unknown[0]}, which is none of the terms {', '.join(self.terms)}")
 
     def prepare(self, context: RewardContext) -> None:
         """Load what the terms need."""
@@ -62,28 +69,31 @@ class Composite:
         """Score `video [B, 3, T, H, W]` in [-1, 1] by each term.
 
         Raises:
-            RewardFailed: a term failed and `on_failure` is `stop`.
+            RewardFailed: a term that is not optional failed and `on_failure` is `stop`.
         """
         return {name: self._checked(name, term, video, batch) for name, term in self.terms.items()}
 
     def add(self, terms: dict[str, RewardTerm], group: int | None = None) -> TensorDict:
         """Combine evaluated terms.
 
-        `group` is the number of samples per prompt; samples of a prompt stand together. Only
-        `normalize_then_sum` needs it.
+        `group` is the number of samples per prompt; samples of a prompt stand together. `normalize_then_sum`
+        needs it; without it the whole batch is one group to optional terms.
         Returns a TensorDict of batch [B]: `reward_terms/<name> [B, M]` raw and unweighted, `reward [B, M]`,
-        `valid [B, M]` bool. What is invalid in one term is invalid in the sum.
+        `valid [B, M]` bool. What is invalid in one required term is invalid in the sum. Inside a group all
+        samples have the same terms.
         """
         import torch
         from tensordict import TensorDict
 
-        valid = torch.stack([term.valid for term in terms.values()]).all(0)
+        counted = {name: self._counted(name, term, group) for name, term in terms.items()}  # [B, 1]
+        valid = torch.stack([term.valid | ~counted[name] for name, term in terms.items()]).all(0)
+        valid = valid & torch.stack(list(counted.values())).any(0)
         reward = torch.zeros_like(valid, dtype=torch.float32)
         for name, term in terms.items():
             value = term.value.float()
             if self.combine == "normalize_then_sum":
                 value = normalize_in_groups(value, valid, group, self.epsilon)
-            reward = reward + self.terms[name].weight * value
+            reward = reward + self.terms[name].weight * value.where(counted[name], 0)
         return TensorDict(
             {
                 "reward_terms": {name: term.value.float() for name, term in terms.items()},
@@ -93,21 +103,53 @@ class Composite:
             batch_size=[len(valid)],
         )
 
-    def _checked(self, name: str, term: Reward, video: Tensor, batch: ClipBatch) -> RewardTerm:
-        """One term, with failures and non-finite values turned into invalid entries (or an error)."""
+    def _counted(self, name: str, term: RewardTerm, group: int | None) -> Tensor:
+        """Samples whose sum holds the term, `[B, 1]`: an optional one counts for whole groups or not at all."""
         import torch
 
+        if name not in self.optional:
+            return torch.ones_like(term.valid[:, :1])
+        whole = term.valid.unflatten(0, (-1, group or len(term.valid))).all(2).all(1)
+        return whole.repeat_interleave(len(term.valid) // len(whole))[:, None]
+
+    def _checked(self, name: str, term: Reward, video: Tensor, batch: ClipBatch) -> RewardTerm:
+        """One term, with failures and non-finite values turned into invalid entries (or an error).
+
+        Samples that failed are logged as the share `failed`.
+        """
+        stop = self.on_failure == "stop" and name not in self.optional
+        shape = (len(video), latent_frames(video.shape[2]))
         try:
             result = term.score(video, batch)
-        except RewardFailed:
-            if self.on_failure == "stop":
-                raise
-            shape = (len(video), latent_frames(video.shape[2]))
-            return RewardTerm(video.new_zeros(shape), torch.zeros(shape, dtype=torch.bool, device=video.device))
+            _check_shapes(result, shape)
+        except Exception as error:  # a reward is anybody's code
+            reason = str(error) if isinstance(error, RewardFailed) else f"{type(error).__name__}: {error}"
+            if stop:
+                raise RewardFailed(f"reward {name} failed: {reason}") from error
+            warnings.warn(f"reward {name} failed and is left out: {reason}")
+            nothing = video.new_zeros(shape)
+            return RewardTerm(nothing, nothing.bool(), {"failed": 1.0})
         valid = result.valid & result.value.isfinite()
-        if self.on_failure == "stop" and not bool(valid.all()):
-            raise RewardFailed(f"reward {name} is invalid for {int((~valid).any(1).sum())} of {len(valid)} samples")
-        return RewardTerm(result.value.where(valid, 0), valid, result.metrics)
+        lost = int((~valid).any(1).sum())
+        if stop and lost:
+            raise RewardFailed(f"reward {name} is invalid for {lost} of {len(valid)} samples")
+        failed = {"failed": lost / len(valid)} if lost else {}
+        return RewardTerm(result.value.where(valid, 0), valid, {**result.metrics, **failed})
+
+
+def _check_shapes(result: object, shape: tuple[int, int]) -> None:
+    """Raise RewardFailed unless a reward returned numbers `[B, M]` and their validity."""
+    import torch
+
+    if not isinstance(result, RewardTerm):
+        raise RewardFailed(f"it returned {type(result).__name__}, not a RewardTerm")
+    for name in ("value", "valid"):
+        found, boolean = getattr(result, name), name == "valid"
+        if not isinstance(found, torch.Tensor):
+            raise RewardFailed(f"its {name} is {type(found).__name__}, expected a tensor of shape {shape}")
+        if found.shape != shape or (found.dtype == torch.bool) != boolean:
+            kind = "bool" if boolean else "numbers"
+            raise RewardFailed(f"its {name} is {found.dtype} {tuple(found.shape)}, expected {kind} of shape {shape}")
 
 
 def metrics_of(terms: dict[str, RewardTerm]) -> dict[str, float]:

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import json
 import math
+import queue
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
 
 FORMAT = "ardrag-reward-1"
 TEXT = "text"
+# Bytes of an answer beside its numbers: header and metrics.
+SPARE = 2**16
 
 
 @dataclass
@@ -117,23 +122,21 @@ class Remote:
         import tenacity
 
         body, ends = request(video, batch), time.monotonic() + self.deadline
+        shape = (len(video), latent_frames(video.shape[2]))
+
+        largest = SPARE + 16 * math.prod(shape)
 
         def call() -> bytes:
-            left = ends - time.monotonic()
-            if left <= 0:
-                raise httpx.ReadTimeout("out of time")
-            answer = httpx.post(f"{self.url.rstrip('/')}/score", content=body, timeout=left)
-            answer.raise_for_status()
-            return answer.content
+            return within(ends, lambda: post(f"{self.url.rstrip('/')}/score", body, ends, largest))
 
         again = tenacity.Retrying(
-            stop=tenacity.stop_after_attempt(self.retries + 1) | tenacity.stop_after_delay(self.deadline),
+            stop=tenacity.stop_after_attempt(self.retries + 1) | tenacity.stop_before_delay(self.deadline),
             wait=tenacity.wait_random_exponential(multiplier=0.2, max=self.deadline / 4),
             retry=tenacity.retry_if_exception(_may_pass),
             reraise=True,
         )
         try:
-            return read_answer(again(call), len(video), latent_frames(video.shape[2]))
+            return read_answer(again(call), *shape)
         except httpx.HTTPStatusError as error:
             line = " ".join(error.response.text.split())[:200]
             raise RewardFailed(f"the service answers {error.response.status_code}: {line}") from error
@@ -144,12 +147,61 @@ class Remote:
 
 
 def _may_pass(error: BaseException) -> bool:
-    """Whether a repetition may succeed: connections, time, and what the server calls its own fault."""
+    """Whether a repetition may succeed: connections, time, too many requests, what the server calls its own fault."""
     import httpx
 
     if isinstance(error, httpx.HTTPStatusError):
-        return error.response.status_code >= 500
+        return error.response.status_code >= 500 or error.response.status_code == 429
     return isinstance(error, httpx.TransportError)
+
+
+def post(url: str, body: bytes, ends: float, largest: int) -> bytes:
+    """The answer to a POST, read until `ends` on the monotonic clock.
+
+    Raises:
+        httpx.HTTPError: no answer, or one that says that it failed.
+        ValueError: it has more than `largest` bytes; the rest is not read.
+    """
+    import httpx
+
+    found = bytearray()
+    with httpx.stream("POST", url, content=body, timeout=max(1e-3, ends - time.monotonic())) as answer:
+        for part in answer.iter_bytes():
+            found += part
+            if len(found) > largest:
+                raise ValueError(f"more than {largest} bytes")
+            if time.monotonic() > ends:
+                raise httpx.ReadTimeout("out of time")
+    whole = httpx.Response(answer.status_code, content=bytes(found), request=answer.request)
+    return whole.raise_for_status().content
+
+
+def within(ends: float, call: Callable[[], bytes]) -> bytes:
+    """What `call` returns or raises, but no later than `ends` on the monotonic clock; what comes later is never seen.
+
+    A timeout of httpx is one of a single read: a service that trickles would renew it for ever.
+
+    Raises:
+        httpx.ReadTimeout: too late.
+    """
+    import httpx
+
+    done: queue.SimpleQueue[tuple[bytes, BaseException | None]] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            done.put((call(), None))
+        except BaseException as error:  # handed on to the caller's thread
+            done.put((b"", error))
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        found, error = done.get(timeout=max(0.0, ends - time.monotonic()))
+    except queue.Empty:
+        raise httpx.ReadTimeout("out of time") from None
+    if error is not None:
+        raise error
+    return found
 
 
 def request(video: Tensor, batch: ClipBatch) -> bytes:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from data.clip import ClipBatch
 from envs.transitions import gaussian_kl
-from metrics.features import ClipFeatures
+from metrics.features import ClipFeatures, FeatureExtractor
 from metrics.frechet import frechet_distance
 from metrics.motion import by_latent_frame, counted, drag_score, endpoint_error, per_clip
 from metrics.smoothness import smoothness
@@ -41,11 +41,14 @@ class Judge:
         scorer: folder of the aesthetic model under `assets`.
         assets: folder of the model.
         device: torch device.
+        extractor: features of Frechet distances; None takes the scorer's tower.
     """
 
-    def __init__(self, tracker: Tracker, scorer: str, assets: Path, device: str) -> None:
+    def __init__(
+        self, tracker: Tracker, scorer: str, assets: Path, device: str, extractor: FeatureExtractor | None = None
+    ) -> None:
         self.tracker = tracker
-        self.features = ClipFeatures(model=scorer, label=f"tiny-clip:{scorer}")
+        self.features = extractor or ClipFeatures(model=scorer, label=f"tiny-clip:{scorer}")
         self.features.prepare(assets, device)
         self.aesthetic = Aesthetic(model=scorer)
         self.aesthetic.prepare(RewardContext(device, tracker, assets))

@@ -32,10 +32,14 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Return `key: old -> new` for every key in which two flat mappings differ, sorted by key."""
+    """Return `key: old -> new` for every key in which two flat mappings differ, sorted by key.
+
+    A key that the older one does not have is no difference where it is off, that is none or empty: settings that were
+    added since a run began.
+    """
     absent = "(absent)"
     return [
         f"{k}: {old.get(k, absent)} -> {new.get(k, absent)}"
         for k in sorted(old.keys() | new.keys())
-        if old.get(k, absent) != new.get(k, absent)
+        if old.get(k, absent) != new.get(k, absent) and (k in old or new[k] not in (None, []))
     ]

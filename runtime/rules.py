@@ -117,6 +117,9 @@ def trackers(settings: Settings) -> None:
         f"one that evaluates must not be the one that "
         f"rewards: change one, such as tracker=ncc tracker@evaluation.tracker=lucas_kanade",
     )
+    for part in (settings.tracker, settings.evaluation.tracker, settings.evaluation.extractor):
+        if hasattr(part, "check"):  # needs a package or files
+            part.check()
 
 
 def scorers(settings: Settings) -> None:

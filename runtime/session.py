@@ -76,8 +76,9 @@ class Session:
         self.actor.register_forward_hook(
             lambda actor, args, state: self._report(int(args[0]["frame"][0]), settings.rollout.frames)
         )
-        self.judge = Judge(settings.evaluation.tracker, settings.evaluation.scorer, settings.model.folder, self.device)
-        clips = fixed_clips(settings.world, settings.evaluation.split, settings.evaluation.clips)
+        e = settings.evaluation
+        self.judge = Judge(e.tracker, e.scorer, settings.model.folder, self.device, e.extractor)
+        clips = fixed_clips(settings.world, e.split, e.clips)
         self.truth = [follow(batch.video, batch, self.judge) for batch in clips]
         self.iteration = 0
         self._clips: ClipBatch
@@ -153,6 +154,12 @@ class Session:
         transformer = self.settings.model.load(self.device).transformer
         self._adapt(transformer)
         return self._measure(Actor(transformer, self.settings.transition, self.actor.causality))
+
+    def speed(self) -> dict[str, Any]:
+        """Latency to the first frame and steady frames per second; see `runtime.benchmark.speed`."""
+        from runtime.benchmark import speed
+
+        return speed(self.actor, replace(self.episodes, schedule=Deterministic()), self.truth)
 
     def divergence(self) -> float:
         """KL of the policy to the model's own weights on the held-out clips; see `runtime.evaluation.divergence`."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 # A node with `_target_`: the choice of a config group, built by its own class.
@@ -123,11 +123,13 @@ class Scoring:
         on_failure: what a failed or non-finite term does: `drop` leaves its group out and counts it, `stop`
             ends the run.
         epsilon: added to the spread in `normalize_then_sum`.
+        optional: names of terms that may fail: the group of a failure is then summed without the term.
     """
 
     combine: Literal["sum_then_normalize", "normalize_then_sum"]
     on_failure: Literal["drop", "stop"]
     epsilon: float
+    optional: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         _positive(self, "scoring", "epsilon")
@@ -141,18 +143,20 @@ class Evaluation:
         every: updates between evaluations; the first and the last state of the weights are always
             evaluated. 0: only these.
         clips: number of clips.
-        split: `heldout` or `hard`.
+        split: `heldout`, `hard` or `benchmark` (drags from very short to very long; 206 clips are the benchmark).
         tracker: finds the motion in generated clips; must be of another kind than the one that rewards.
         scorer: folder of the vision tower that judges looks, under the model's folder; not the one that rewards.
         sampler: `ode`, or `renoise`: every step puts fresh noise on the prediction, as distillation does in training.
+        extractor: features of Frechet distances, such as `+extractor=inception_i3d`; none: the scorer's tower.
     """
 
     every: int
     clips: int
-    split: Literal["heldout", "hard"]
+    split: Literal["heldout", "hard", "benchmark"]
     tracker: Component
     scorer: str
     sampler: Literal["ode", "renoise"] = "ode"
+    extractor: Component = None
 
     def __post_init__(self) -> None:
         _at_least(self, "evaluation", 0, "every")
@@ -270,3 +274,5 @@ class Settings:
         )
         require(self.updates >= 1, f"updates must be at least 1, got {self.updates}")
         require(len(self.reward) >= 1, "reward is empty; name at least one, such as reward=motion")
+        for name in self.scoring.optional:
+            require(name in self.reward, f"scoring.optional names {name}, but reward is {' + '.join(self.reward)}")

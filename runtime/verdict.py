@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from metrics.intervals import t95
+
 METRIC = "motion_error_px"
 
 
@@ -73,17 +75,3 @@ def relative(before: float, after: float) -> str:
         return ""
     change = 100 * (after / before - 1)
     return f"{abs(change):.1f} % {'better' if change < 0 else 'worse'}" if change else "unchanged"
-
-
-def t95(freedom: int) -> float:
-    """97.5 % quantile of Student's t, within 1 % (Abramowitz and Stegun 26.7.5, which is too small below 3)."""
-    if freedom < 3:
-        return (12.706, 4.303)[freedom - 1]
-    z = statistics.NormalDist().inv_cdf(0.975)
-    terms = (
-        z,
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-    )
-    return sum(term / freedom**power for power, term in enumerate(terms))

@@ -35,13 +35,15 @@ from runtime.settings import Settings
 
 PRIMARIES = sorted(p.stem for p in CONF.glob("*.yaml") if p.stem != "config")
 CHOICES = [(g, p.stem) for g in explain.groups() for p in sorted((CONF / g).glob("*.yaml"))]
-ADDED = ("recipe", "debug", "stage", "strategy")  # groups without a default in train.yaml: +recipe=paper
+ADDED = ("recipe", "debug", "stage", "strategy", "extractor")  # groups without a default in train.yaml: +recipe=paper
 REFUSED_ALONE = {
     ("schedule", "none"): "nothing to learn",
     ("transition", "ode"): "no stochastic steps",
     ("tracker", "lucas_kanade"): "must not be the one that rewards",
+    ("tracker", "cotracker3"): r"needs CoTracker: pip install|tracker\.checkpoint is not set",
     ("stage", "distill"): "only a part trains",
     ("stage", "pairs"): "stage=pairs is DPO, not GRPO",
+    ("extractor", "inception_i3d"): r"evaluation\.extractor\.frames_file: no file at",
 }
 PRIMARY = {"smoke_finetune": "finetune", "smoke_distill": "distill"}  # choices that are for one experiment
 REWARDS = sorted(p.stem for p in (CONF / "reward").glob("*.yaml"))

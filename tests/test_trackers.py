@@ -147,9 +147,11 @@ def test_bad_settings_are_named(make, field) -> None:  # type: ignore[no-untyped
 
 
 def test_components_import_without_torch_or_opencv() -> None:
-    modules = "tracking.ncc, tracking.lucas_kanade, tracking.trackers, tracking.readers, data.clips"
+    modules = (
+        "tracking.ncc, tracking.lucas_kanade, tracking.cotracker3, tracking.trackers, tracking.readers, data.clips"
+    )
     modules += ", rewards.motion, rewards.aesthetic, rewards.smoothness, rewards.composite, metrics.features"
-    heavy = ("torch", "cv2", "av", "transformers")
+    heavy = ("torch", "cv2", "av", "transformers", "cotracker")
     code = f"import sys, {modules}; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

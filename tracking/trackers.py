@@ -30,8 +30,8 @@ class Tracker(Protocol):
     def track(self, video: Tensor, queries: Tensor) -> Tracks:
         """Follow `queries [B, K, 2]` (pixels, in frame 0) through `video [B, 3, T, H, W]` in [-1, 1].
 
-        The position in frame 0 is the query itself. Every tracker here is causal: the tracks of the first
-        frames of a video are the first frames of its tracks.
+        The position in frame 0 is the query itself. Every tracker here but `cotracker3` is causal: the tracks of the
+        first frames of a video are the first frames of its tracks.
         """
         ...
 

@@ -1,0 +1,121 @@
+"""What `evaluate.py` says beyond means: every clip, intervals over clips, and how fast the policy is."""
+
+from __future__ import annotations
+
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from metrics.frechet import frechet_distance
+from metrics.intervals import Estimate, jackknife, of_mean
+from metrics.motion import counted, drag_score, endpoint_error, per_clip
+from metrics.smoothness import smoothness
+from policies.sampler import generate
+from rewards.motion import PROFILES
+from runtime.evaluation import EVALUATION_SEED, Judge, Sample, in_sight, motion_errors
+
+if TYPE_CHECKING:
+    from policies.actor import Actor
+    from runtime.episodes import Episodes
+
+DISTANCES = ("frechet", "frechet_video")
+
+
+def by_clip(samples: Sequence[Sample], judge: Judge) -> dict[str, list[float]]:
+    """Metrics of each clip, in the order of the clips; NaN where no asked position is in sight.
+
+    `motion_error_px` (ObjMC: every asked position, lost points where the tracker guesses them), `epe_px` (only what
+    the tracker saw), `motion_visible` (the share it saw), `motion_consistency`, `smoothness`, `aesthetic`.
+    """
+    found: dict[str, list[Tensor]] = {"motion_error_px": [motion_errors(list(samples))]}
+    for s in samples:
+        asked, sight = s.clips.trajectory, in_sight(s.clips)
+        every = counted(asked, reference=sight)
+        seen = counted(asked, s.tracks, sight)
+        score = drag_score(asked, s.tracks.xy, *PROFILES["paper"]) * s.tracks.visible
+        rows = {
+            "epe_px": per_clip(endpoint_error(asked, s.tracks), seen),
+            "motion_visible": per_clip(s.tracks.visible.float(), every),
+            "motion_consistency": per_clip(score, every),
+            "smoothness": smoothness(s.video),
+            "aesthetic": judge.aesthetic.score(s.video, s.clips).value[:, 1:].mean(1),
+        }
+        for name, values in rows.items():
+            found.setdefault(name, []).append(values)
+    return {name: torch.cat(parts).tolist() for name, parts in found.items()}
+
+
+def intervals(
+    values: dict[str, list[float]], samples: Sequence[Sample], truth: Sequence[Sample], judge: Judge
+) -> dict[str, dict[str, float]]:
+    """Estimate and half-width of its 95 % interval for every metric of `by_clip` and both Frechet distances."""
+    found: dict[str, Estimate] = {name: of_mean(column) for name, column in values.items()}
+    sides = [_features(side, judge) for side in (samples, truth)]
+    clips = len(sides[0][0])
+    for i, name in enumerate(DISTANCES):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # few clips: `measure` has said it
+            found[name] = jackknife(clips, _distance(sides[0][i], sides[1][i]))
+    return {name: asdict(estimate) for name, estimate in found.items()}
+
+
+def _distance(one: Tensor, other: Tensor) -> Callable[[list[int]], float]:
+    return lambda rows: frechet_distance(one[rows].flatten(0, 1), other[rows].flatten(0, 1))
+
+
+def _features(samples: Sequence[Sample], judge: Judge) -> tuple[Tensor, Tensor]:
+    """Vectors of each clip: `[clips, M - 1, D]`, one per latent frame after the first, and `[clips, 1, D']`."""
+    frames = torch.cat([judge.features.frames(s.video[:, :, 4::4]) for s in samples])
+    return frames, torch.cat([judge.features.videos(s.video) for s in samples])[:, None]
+
+
+def speed(actor: Actor, episodes: Episodes, samples: Sequence[Sample], repeats: int = 3) -> dict[str, Any]:
+    """How fast one clip comes, medians over `repeats` after a warm-up.
+
+    Returns:
+        `latency_s`: seconds from image, path and prompt to the first pixel frame; with chunks of k frames, all of them
+        are denoised before it. `frames_per_s`: pixel frames per second after the first chunk, decoding included (of
+        the whole clip where one chunk is all of it). `seconds`: the whole clip. `threads`, `device`.
+    """
+    clip = samples[0].clips.select([0])
+    runs = [_timed(actor, episodes, clip) for _ in range(repeats + 1)][1:]
+    medians = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+    return {**medians, "threads": torch.get_num_threads(), "device": episodes.device}
+
+
+@torch.no_grad()
+def _timed(actor: Actor, episodes: Episodes, clip: Any) -> dict[str, float]:
+    marks: list[float] = []
+
+    def clock() -> float:
+        if episodes.device.startswith("cuda"):
+            torch.cuda.synchronize(episodes.device)
+        return time.perf_counter()
+
+    began = clock()
+    state, _ = episodes.begin(clip, 1, EVALUATION_SEED, 0)
+    frames, steps = state["stochastic"].shape[1:]
+    chain = generate(
+        actor.transformer, actor.transition, actor.causality, state, on_step=lambda *_: marks.append(clock())
+    )
+    latents, done = chain.latents[:, :, -1], clock()
+    first_chunk = marks[steps - 1]
+    with episodes.networks.video.decode_stream() as stream:
+        shown = stream(latents[:, 0]).shape[2]
+        one = clock()
+        for m in range(1, frames):
+            shown += stream(latents[:, m]).shape[2]
+    whole = clock()
+    chunk = min(actor.causality.chunk, frames)
+    early = 1 + 4 * (chunk - 1)
+    # Decoding is spread evenly over latent frames after the first.
+    decoding = (whole - one) * (frames - chunk) / max(1, frames - 1)
+    rest = (done - first_chunk) + decoding
+    steady = (shown - early) / rest if chunk < frames else shown / (whole - began)
+    return {"latency_s": first_chunk - began + one - done, "frames_per_s": steady, "seconds": whole - began}

@@ -1,0 +1,233 @@
+"""Intervals over clips, the networks of papers from files, the benchmark's clips, policies side by side, the tables."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from data.sprites import PACES, Sprites
+from experiments import evaluate, side_by_side, tables
+from metrics.frechet import frechet_distance
+from metrics.intervals import Estimate, jackknife, of_mean
+from metrics.scripted import Scripted
+from metrics.smoothness import smoothness
+from runtime import cells
+from runtime.config import CONF, Plan, validate
+from runtime.side_by_side import read, write
+
+
+def test_the_interval_of_a_mean_is_students() -> None:
+    found = of_mean([1.0, 2.0, 3.0, 4.0, math.nan])
+    # standard deviation 1.29099, t with 3 degrees of freedom 3.182
+    assert (found.value, found.clips) == (2.5, 4) and found.half == pytest.approx(3.182 * 1.29099 / 2, rel=0.01)
+    assert of_mean([3.0]).value == 3.0 and math.isnan(of_mean([3.0]).half) and math.isnan(of_mean([]).value)
+
+
+def test_the_jackknife_of_a_mean_is_its_standard_error() -> None:
+    x = torch.randn(40, generator=torch.Generator().manual_seed(0), dtype=torch.float64).tolist()
+    found = jackknife(40, lambda rows: sum(x[i] for i in rows) / len(rows), parts=40)
+    plain = of_mean(x)
+    assert found.value == pytest.approx(plain.value) and found.half == pytest.approx(plain.half, rel=1e-9)
+    assert math.isnan(jackknife(2, lambda rows: 1.0).half)
+
+
+def test_the_jackknife_covers_a_frechet_distance() -> None:
+    """The distance of samples of one Gaussian, shifted by a known one, over 40 sets: about 95 % hold the true value."""
+    g, inside = torch.Generator().manual_seed(1), 0
+    for _ in range(40):
+        x, y = (torch.randn(200, 2, generator=g, dtype=torch.float64) for _ in range(2))
+        y = y + 1.0  # the true distance is 2
+        found = jackknife(200, lambda rows, x=x, y=y: frechet_distance(x[rows], y[rows]))  # type: ignore[misc]
+        inside += abs(found.value - 2) <= found.half
+    assert inside >= 34
+
+
+class Frames(torch.nn.Module):
+    """As `inception-2015-12-05.pt` is called."""
+
+    def forward(self, images: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+        assert return_features and images.dtype == torch.uint8
+        return images.float().mean((2, 3))
+
+
+class Videos(torch.nn.Module):
+    """As `i3d_torchscript.pt` is called."""
+
+    def forward(
+        self, x: torch.Tensor, rescale: bool = False, resize: bool = False, return_features: bool = False
+    ) -> torch.Tensor:
+        assert rescale and resize and return_features
+        return x.mean((2, 3, 4)) + 1
+
+
+@pytest.fixture
+def networks(tmp_path: Path) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for kind, module in (("frames", Frames()), ("videos", Videos())):
+        path = tmp_path / f"{kind}.pt"
+        torch.jit.script(module).save(str(path))
+        found |= {f"{kind}_file": str(path), f"{kind}_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    return found
+
+
+def test_networks_of_papers_come_from_files_whose_checksum_is_named(networks: dict[str, str], tmp_path: Path) -> None:
+    extractor = Scripted(**networks)
+    with pytest.raises(ValueError, match="call prepare"):
+        extractor.frames(torch.zeros(1, 3, 2, 8, 8))
+    extractor.prepare(tmp_path, "cpu")
+    video = torch.rand(20, 3, 5, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    pixels = (video + 1) * 127.5
+    torch.testing.assert_close(extractor.frames(video), pixels.round().mean((3, 4)).transpose(1, 2))
+    torch.testing.assert_close(extractor.videos(video), pixels.mean((2, 3, 4)) + 1)
+    assert extractor.name == f"inception+i3d:{networks['frames_sha256'][:8]}:{networks['videos_sha256'][:8]}"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"videos_file": "nowhere.pt"}, "videos_file: no file at nowhere.pt"),
+        ({"frames_sha256": "yes"}, "name the one you trust"),
+        ({"frames_sha256": "0" * 64}, "has SHA-256 "),
+    ],
+)
+def test_a_network_that_nobody_vouches_for_is_not_run(
+    networks: dict[str, str], tmp_path: Path, change: dict[str, str], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.jit, "load", lambda *a, **k: pytest.fail("it was loaded"))
+    with pytest.raises((ValueError, FileNotFoundError), match=words):
+        Scripted(**{**networks, **change}).prepare(tmp_path, "cpu")
+
+
+def test_an_interpolator_may_be_plugged_in() -> None:
+    video = torch.rand(2, 3, 9, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    odd = (video[:, :, 1::2] + 1) * 127.5
+    assert smoothness(video, lambda before, after: odd).tolist() == pytest.approx([1, 1])
+    assert smoothness(video, lambda before, after: before).tolist() != smoothness(video).tolist()
+
+
+def test_the_benchmark_has_drags_of_every_length_and_clips_of_its_own() -> None:
+    clips = Sprites().batch("benchmark", range(60), (32, 32))
+    reach = (clips.trajectory.xy[:, 0] - clips.trajectory.xy[:, 0, :1]).norm(dim=-1).amax(1)
+    by_pace = [float(reach[i :: len(PACES)].median()) for i in range(len(PACES))]
+    assert by_pace == sorted(by_pace) and by_pace[0] < 10 < 20 < by_pace[-1]
+    other = Sprites().batch("heldout", range(60), (32, 32))
+    assert not any(torch.equal(a, b) for a, b in zip(clips.video, other.video, strict=True))
+    again = Sprites().batch("benchmark", [7], (32, 32))
+    assert torch.equal(again.video[0], clips.video[7])
+
+
+def plan(model: Path, run_dir: Path, *overrides: str) -> Plan:
+    small = ["+debug=smoke", f"model.path={model}", f"run_dir={run_dir}", "world.sizes=[16x16,16x24]"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return validate(compose("evaluate", [*small, "evaluation.split=benchmark", "evaluation.clips=5", *overrides]))
+
+
+@pytest.fixture(scope="module")
+def evaluations(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("evaluations")
+    evaluate.run(plan(model, folder / "0"))
+    evaluate.run(plan(model, folder / "1", "rollout.chunk=3"))
+    return [folder / "0", folder / "1"]
+
+
+def test_an_evaluation_tells_every_clip_intervals_and_speed(evaluations: list[Path]) -> None:
+    for folder in evaluations:
+        found = json.loads((folder / "evaluation.json").read_text())
+        assert {"policy", "truth", "error_by_frame", "extractor", "clips", "tracker", "found_by", "config"} <= set(
+            found
+        )
+        assert len(set(found["names"])) == 5 and found["split"] == "benchmark"
+        for name, column in found["by_clip"].items():
+            assert len(column) == 5, name
+        for name, known in found["intervals"].items():
+            if name in found["policy"] and name not in (
+                "motion_visible",
+                "motion_consistency",
+            ):  # pooled over positions
+                assert known["value"] == pytest.approx(found["policy"][name], rel=1e-4, abs=1e-6), name
+        speed = found["speed"]
+        assert 0 < speed["latency_s"] < speed["seconds"] and speed["frames_per_s"] > 0
+
+
+def test_side_by_side(evaluations: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr("sys.argv", ["side_by_side.py", str(evaluations[0].parent), "--out", str(tmp_path)])
+    assert side_by_side.main() == 0
+    rows = list(csv.reader((tmp_path / "table.csv").open()))
+    assert [row[0] for row in rows] == ["", "0", "1", "true clips"] and len({len(row) for row in rows}) == 1
+    assert "(95 % interval, " in rows[2][-1] and rows[1][-1] == ""
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("data:video/mp4;base64,") == 3 * len(list((evaluations[0] / "clips" / "true").glob("*.mp4"))) > 0
+    assert "Frechet distances between features of" in (tmp_path / "table.md").read_text()
+    monkeypatch.setattr("sys.argv", ["side_by_side.py", str(tmp_path)])
+    assert side_by_side.main() == 2 and "no evaluation in" in capsys.readouterr().err
+
+
+def test_only_the_same_clips_are_compared(evaluations: list[Path], tmp_path: Path) -> None:
+    found = json.loads((evaluations[0] / "evaluation.json").read_text())
+    for key, value in ("names", ["other"]), ("extractor", "inception"):
+        (tmp_path / key).mkdir()
+        (tmp_path / key / "evaluation.json").write_text(json.dumps({**found, key: value}))
+        with pytest.raises(ValueError, match=f"other {key}"):
+            read([evaluations[0], tmp_path / key])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "evaluation.json").write_text("{}")
+    with pytest.raises(ValueError, match="not made by"):
+        write([tmp_path / "run"], tmp_path)
+
+
+def test_the_tables_train_what_is_missing_measure_every_row_and_stand_beside_the_paper(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every script is replaced by one that leaves what it would leave."""
+    started: list[tuple[str, str, tuple[str, ...]]] = []
+
+    def start(script: str, overrides: tuple[str, ...], folder: Path, threads: int) -> None:
+        started.append((script, folder.name, overrides))
+        known = {name: Estimate(1.0, 0.1, 9).__dict__ for name in tables.METRICS}
+        metrics = dict.fromkeys(tables.METRICS, 1.0)
+        found = {"policy": metrics, "truth": metrics, "error_by_frame": [1.0], "extractor": "toy", "intervals": known}
+        (folder / "evaluation.json").write_text(json.dumps({**found, "speed": {"latency_s": 0.5}}))
+        (folder / "transformer").mkdir()
+        updates = next((text.split("=")[1] for text in overrides if text.startswith("updates=")), "0")
+        (folder / "checkpoints" / f"step_{int(updates):06d}").mkdir(parents=True)
+        row = {"step": 1, "reward_terms/motion": 1.0, "reward_terms/aesthetic": 2.0}
+        (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+
+    monkeypatch.setattr(cells, "_start", start)
+    monkeypatch.setattr(cells, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path / "results")
+    options = ["--seeds", "2", "--updates", "3", "--steps", "4", "--clips", "9", "--out", str(tmp_path / "tables")]
+    places = ["--learn", str(tmp_path / "learn"), "--step1", str(tmp_path / "step1")]
+    monkeypatch.setattr("sys.argv", ["tables.py", *options, *places])
+    tables.main()
+    measured = [(name, overrides) for script, name, overrides in started if script == "evaluate.py" and "_" in name]
+    rows = {name.rsplit("_", 1)[0]: overrides for name, overrides in measured if name[-1].isdigit()}
+    assert {*tables.TABLE2, *tables.TABLE3} <= set(rows)
+    assert "rollout.window=25" in rows["cache25"] and tables.LONG in rows["cache7"] and tables.LONG not in rows["full"]
+    chain = [name for script, name, _ in started if script in ("distill.py", "grpo.py") and name.endswith("_1")]
+    assert chain == [
+        "grpo_1",
+        "teacher_forcing_1",
+        "no_self_rollout_weak_1",
+        "no_self_rollout_grpo_1",
+        "self_rollout_chunk3_1",
+        "chunk3_weak_1",
+        "chunk3_grpo_1",
+    ]
+    text = (tmp_path / "results" / "tables.md").read_text()
+    assert text.count("the paper") == 10 and "353.75" in text and "features of toy" in text
+    assert (tmp_path / "results" / "tables.png").stat().st_size > 0
+    count = len(started)
+    tables.main()
+    assert len(started) == count, "finished cells are not run again"
+    monkeypatch.setattr("sys.argv", ["tables.py", "--rows", "nosuch"])
+    with pytest.raises(SystemExit):
+        tables.main()
