@@ -80,6 +80,11 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         return self.patch_embedding.weight.dtype
 
     @property
+    def compute_dtype(self) -> torch.dtype:
+        """In which velocities are computed, and to which they are rounded."""
+        return torch.bfloat16 if self.mixed else self.dtype
+
+    @property
     def frame_channels(self) -> int:
         """Channels of a frame as the passes take it: latent and condition."""
         return int(self.config.in_channels)

@@ -41,6 +41,8 @@ REFUSED_ALONE = {
     ("transition", "ode"): "no stochastic steps",
     ("tracker", "lucas_kanade"): "must not be the one that rewards",
     ("stage", "distill"): "only a part trains",
+    ("model", "wan2.1_1.3b"): "rounds most of an update away",
+    ("model", "wan2.1_1.3b_t2v"): "rounds most of an update away",
 }
 PRIMARY = {"smoke_finetune": "finetune", "smoke_distill": "distill"}  # choices that are for one experiment
 REWARDS = sorted(p.stem for p in (CONF / "reward").glob("*.yaml"))

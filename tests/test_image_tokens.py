@@ -89,7 +89,7 @@ def test_environments_pass_the_image_on() -> None:
     seen, _ = vector.reset()
     after = vector.step(torch.zeros(BATCH, *LATENT))[0]
     assert torch.equal(seen["image"], after["image"]) and "image" in vector.observation_space.spaces
-    assert "image" not in select(episode(image=False)).keys()
+    assert "image" not in select(episode(image=False))
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
@@ -156,10 +156,9 @@ def test_text_to_video_never_sees_mask_and_reference_of_later_frames() -> None:
     inputs = torch.cat([state["latents"], state["condition"]], 2)
     changed = inputs.clone()
     changed[:, 1:, 3 + 4 : 3 + 4 + 3] += 1
+    both = (inputs, changed)
     with torch.no_grad():
-        one, two = (
-            model.parallel(x, x, state["sigma"][..., 0], state["text"], causality=Causality()) for x in (inputs, changed)
-        )
+        one, two = (model.parallel(x, x, state["sigma"][..., 0], state["text"], causality=Causality()) for x in both)
     assert torch.equal(one, two)
 
 
