@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -46,6 +46,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         image_frames: which frames of a parallel or cached pass see the image tokens: `all`, as diffusers' pipelines do,
             `first` (the frame that the image is of; later ones see none, AR-Drag section 3.2) or `none`.
         mixed: compute in bfloat16 under autocast, whatever the weights are kept in.
+        given_first: frames under mask 1 are the reference image itself, not generated (`policies/first_frame.py`).
 
     Raises:
         ValueError: `patch_size` spans more than one latent frame.
@@ -53,6 +54,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
 
     image_frames: str = "all"
     mixed: bool = False
+    given_first: ClassVar[bool] = False
 
     # diffusers reads the configuration's keys from this signature.
     @wraps(WanTransformer3DModel.__init__)  # type: ignore[misc]

@@ -23,6 +23,8 @@ class FirstFrameWanTransformer3DModel(CausalWanTransformer3DModel):
     Parameters and state dict are those of text-to-video Wan with Cc' control channels.
     """
 
+    given_first = True
+
     @property
     def frame_channels(self) -> int:
         """Channels of a frame as the passes take it; mask and reference do not reach the network."""

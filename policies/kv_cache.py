@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -28,13 +27,14 @@ class KVCache:
         causality: bounds, and whether gradient flows through the held frames.
         end: number of frames committed since the last reset.
         context: per layer, keys and values of the episode's text (see `attention.Context`).
+        compiled: what runs the blocks in place of the model's own method, where something does.
     """
 
     causality: Causality
     end: int = 0
     context: dict[int, dict[str, Pair]] = field(default_factory=dict)
     _layers: dict[int, Pair] = field(default_factory=dict)
-    compiled: ClassVar[Callable[..., Tensor] | None] = None
+    compiled: Callable[..., Tensor] | None = None
 
     @property
     def frames(self) -> list[int]:
