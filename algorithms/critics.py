@@ -132,4 +132,4 @@ def _network(actor: Actor) -> Any:
 
 def _channels(network: Any) -> int:
     """Channels of latent, finished latent and condition."""
-    return int(network.config.in_channels + network.config.out_channels)
+    return int(getattr(network, "frame_channels", network.config.in_channels) + network.config.out_channels)

@@ -17,6 +17,8 @@ from torch import Tensor
 from data.draws import Stream, normal
 
 STATE_KEYS = ("condition", "text", "latents", "sigma", "stochastic", "frame", "step", "key")
+OPTIONAL_KEYS = ("image",)
+"""Keys of a state that only some models need: the embedding of the reference image."""
 
 Source = Callable[[], TensorDictBase]
 """Returns the start of the next episode, as `start` builds it."""
@@ -33,6 +35,7 @@ def start(
     key: Tensor,
     latent_shape: Sequence[int],
     share_initial_noise: bool = True,
+    image: Tensor | None = None,
 ) -> TensorDict:
     """Build the state at (m, n) = (0, 0).
 
@@ -45,6 +48,7 @@ def start(
         latent_shape: (C, h, w).
         share_initial_noise: leave the sample out of the key, so that a prompt's group starts from the same
             noise.
+        image: embedding of the reference image `[B, I, E]`, for models that look at one; the state then has it.
 
     Returns:
         TensorDict of batch `[B]` on the device of `condition`.
@@ -62,6 +66,7 @@ def start(
     if bool((sigma_table.diff(dim=-1) >= 0).any()) or bool((sigma_table[..., -1] != 0).any()):
         raise ValueError("episode start: the noise levels of sigma_table must fall strictly and end at 0")
     counter = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+    extra = {} if image is None else {"image": image.to(device)}
     return TensorDict(
         {
             "condition": condition,
@@ -72,6 +77,7 @@ def start(
             "frame": counter,
             "step": counter.clone(),
             "key": key.to(device),
+            **extra,
         },
         batch_size=[batch],
         device=device,
@@ -92,6 +98,15 @@ def initial_noise(key: Tensor, frames: int, latent_shape: Sequence[int], share: 
     return torch.stack([drawn[row] for row in rows])
 
 
+def select(state: TensorDictBase) -> TensorDictBase:
+    """The keys of a state alone, the optional ones where there are some.
+
+    Raises:
+        KeyError: a key is missing.
+    """
+    return state.select(*STATE_KEYS, *(key for key in OPTIONAL_KEYS if key in state))
+
+
 def step(state: TensorDictBase, action: Tensor) -> tuple[TensorDict, Tensor, Tensor]:
     """Apply an action; pure, `state` is left as it is.
 
@@ -108,7 +123,7 @@ def step(state: TensorDictBase, action: Tensor) -> tuple[TensorDict, Tensor, Ten
     latents = state["latents"].clone()
     latents[rows, frame[:, 0]] = action.to(latents.dtype)
     finished = n == state["sigma"].shape[-1] - 2
-    values = {key: state[key] for key in STATE_KEYS}
+    values = dict(select(state).items())
     values |= {
         "latents": latents,
         "frame": frame + finished,

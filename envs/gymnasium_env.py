@@ -12,7 +12,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from envs.ar_video import STATE_KEYS, Scorer, Source, frame_reward, reseed, step
+from envs.ar_video import Scorer, Source, frame_reward, reseed, select, step
 from envs.toy import ToySource
 
 Observation = dict[str, Any]
@@ -38,7 +38,7 @@ class ARVideoVectorEnv(VectorEnv):
         if source is None:
             source = toy = ToySource(prompts=num_envs or 1)
             scorer = scorer or toy.score
-        first = source().select(*STATE_KEYS)
+        first = select(source())
         if num_envs is not None and num_envs != first.shape[0]:
             raise ValueError(f"num_envs is {num_envs}, but the source starts {first.shape[0]} samples")
         self.source, self.scorer = source, scorer
@@ -58,7 +58,7 @@ class ARVideoVectorEnv(VectorEnv):
         if seed is not None:
             reseed(self.source, seed)
             self._pending = None
-        self._state = self._pending if self._pending is not None else self.source().select(*STATE_KEYS)
+        self._state = self._pending if self._pending is not None else select(self.source())
         self._pending = None
         return dict(self._state.items()), {}
 

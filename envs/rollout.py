@@ -9,13 +9,13 @@ from tensordict import TensorDict, TensorDictBase
 from torchrl.collectors import Collector
 from torchrl.data import ListStorage, ReplayBuffer
 
-from envs.ar_video import STATE_KEYS, Scorer, Source
+from envs.ar_video import OPTIONAL_KEYS, STATE_KEYS, Scorer, Source, select
 from envs.torchrl_env import TorchRLEnv
 
 Policy = Callable[[TensorDictBase], TensorDictBase]
 """Reads a state, writes `action [B, C, h, w]` and `log_prob [B, 1]`; its other outputs are kept too."""
 
-_DERIVED = (*STATE_KEYS, "done", "terminated", ("next", "done"), ("next", "terminated"))
+_DERIVED = (*STATE_KEYS, *OPTIONAL_KEYS, "done", "terminated", ("next", "done"), ("next", "terminated"))
 
 
 class RolloutCollector:
@@ -39,7 +39,7 @@ class RolloutCollector:
 
     def collect(self) -> TensorDict:
         """Act from the source's next start to the end; return the rollout of `assemble_rollout`."""
-        start = self.source().select(*STATE_KEYS)
+        start = select(self.source())
         if self._collector is None or _layout(start) != _layout(self._start):
             self.close()
             self._build(start)
@@ -85,8 +85,8 @@ def assemble_rollout(start: TensorDictBase, trajectory: TensorDictBase) -> Tenso
 
     Returns:
         TensorDict of batch `[B]`: `latents [B,M,N+1,C,h,w]`, `log_prob [B,M,N]`, `reward [B,M]`,
-        `stochastic`, `sigma`, `condition`, `text`, `key`, `prompt_id [B]`, and the policy's other outputs as
-        `[B,M,N,...]`.
+        `stochastic`, `sigma`, `condition`, `text`, `key`, `prompt_id [B]`, `image`
+        where the start has one, and the policy's other outputs as `[B,M,N,...]`.
 
     Raises:
         ValueError: the number of steps is not M * N.
@@ -105,7 +105,8 @@ def assemble_rollout(start: TensorDictBase, trajectory: TensorDictBase) -> Tenso
         "reward": grid["next", "reward"][:, :, -1, 0],
         "prompt_id": start["key"][:, 2],
     }
-    values |= {key: start[key] for key in ("stochastic", "sigma", "condition", "text", "key")}
+    kept = ("stochastic", "sigma", "condition", "text", "key", *OPTIONAL_KEYS)
+    values |= {key: start[key] for key in kept if key in start}
     return TensorDict(values, batch_size=[batch], device=start.device)
 
 

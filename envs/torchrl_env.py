@@ -8,7 +8,7 @@ from torchrl.data import Composite, Unbounded
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import make_composite_from_td
 
-from envs.ar_video import STATE_KEYS, Scorer, Source, frame_reward, reseed, step
+from envs.ar_video import Scorer, Source, frame_reward, reseed, select, step
 
 
 class TorchRLEnv(EnvBase):
@@ -26,7 +26,7 @@ class TorchRLEnv(EnvBase):
     """
 
     def __init__(self, source: Source, scorer: Scorer | None = None) -> None:
-        first = source().select(*STATE_KEYS)
+        first = select(source())
         super().__init__(device=first.device or first["latents"].device, batch_size=first.batch_size)
         self.source, self.scorer = source, scorer
         self._pending: TensorDictBase | None = first
@@ -40,7 +40,7 @@ class TorchRLEnv(EnvBase):
     def _reset(self, tensordict: TensorDictBase | None = None, **_: object) -> TensorDictBase:
         if tensordict is not None and "_reset" in tensordict and not bool(tensordict["_reset"].all()):
             raise ValueError("ar_video is batch-locked: reset all samples of the batch together")
-        start = self._pending if self._pending is not None else self.source().select(*STATE_KEYS)
+        start = self._pending if self._pending is not None else select(self.source())
         self._pending = None
         return start.copy()
 

@@ -21,15 +21,13 @@ if TYPE_CHECKING:
 
 def run(plan: Plan) -> None:
     """Train, evaluate, and write `transformer/` and `evaluation.json` into `run_dir`."""
-    from policies.causal_dit import CausalWanTransformer3DModel
     from runtime.session import Session
     from runtime.supervised import conclude
 
     stage = plan.settings.stage
     with setup_phase():
         session = Session(plan.settings, plan.config)
-        folder = replace(plan.settings.model, transformer=stage.teacher).network
-        teacher = CausalWanTransformer3DModel.from_pretrained(folder, local_files_only=True).to(session.device).eval()
+        teacher = replace(plan.settings.model, transformer=stage.teacher).load_transformer(session.device)
         if stage.from_teacher:
             session.episodes.networks.transformer.load_state_dict(teacher.state_dict())
     conclude(session, lambda work: train(session, teacher, work))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +39,7 @@ class ClipVision(nn.Module):
         self.model = CLIPVisionModelWithProjection.from_pretrained(folder, use_safetensors=True, local_files_only=True)
         self.model.eval().requires_grad_(False)
         self.size: int = self.model.config.image_size
-        extra = folder / "preprocessor_config.json"
-        settings = json.loads(extra.read_text()) if extra.is_file() else {}
+        settings = settings_of(folder)
         self.register_buffer("mean", torch.tensor(settings.get("image_mean", MEAN))[:, None, None])
         self.register_buffer("std", torch.tensor(settings.get("image_std", STD))[:, None, None])
 
@@ -58,6 +58,13 @@ class ClipVision(nn.Module):
         """CLIP's preprocessing: short edge to the model's size, centre crop, normalise."""
         unit = ((frames.float().to(self.mean.device) + 1) / 2).clamp(0, 1)
         return ((square(unit, self.size).clamp(0, 1) - self.mean) / self.std).to(self.model.dtype)
+
+
+def settings_of(folder: Path) -> dict[str, Any]:
+    """What a folder's preprocessor_config.json says; nothing where there is none."""
+    file = folder / "preprocessor_config.json"
+    found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    return found
 
 
 def square(images: Tensor, size: int) -> Tensor:

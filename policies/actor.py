@@ -9,6 +9,7 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
+from envs.ar_video import OPTIONAL_KEYS
 from envs.transitions import log_prob
 from policies.causality import Causality
 from policies.kv_cache import KVCache
@@ -50,7 +51,7 @@ class Actor(TensorDictModuleBase):
         """Forget the finished frames; needed only where weights changed in the middle of an episode."""
         self._cache = KVCache(self.causality)
         self._finished: list[Tensor] = []
-        self._episode: tuple[Tensor, Tensor] | None = None
+        self._episode: tuple[Tensor, ...] | None = None
 
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -80,7 +81,7 @@ class Actor(TensorDictModuleBase):
             )
         if m == n == 0 or not self._remembers(state, m):
             self.reset()
-            self._episode = (state["key"], state["text"])
+            self._episode = _episode(state)
         for frame in range(self._cache.end, m - 1 if n == 0 else m):
             self._pass(state, frame, frame, state["sigma"].new_zeros(state["sigma"].shape[0], 1), commit=1)
         sigma = state["sigma"][:, m, n : n + 1]
@@ -109,8 +110,8 @@ class Actor(TensorDictModuleBase):
         end = self._cache.end
         if self._episode is None or end > m:
             return False
-        key, text = self._episode
-        if not (torch.equal(key, state["key"]) and torch.equal(text, state["text"])):
+        here = _episode(state)
+        if len(here) != len(self._episode) or not all(map(torch.equal, self._episode, here)):
             return False
         return end == 0 or torch.equal(torch.stack(self._finished, 1), _inputs(state, 0, end))
 
@@ -184,6 +185,11 @@ def evaluate(
         for name, score in _scores(transition, x.float(), v.float(), now, later, action).items():
             total[name] = total[name] + _where(hot & chosen, score.unsqueeze(2))
     return TensorDict(total, batch_size=rollout.batch_size)
+
+
+def _episode(state: TensorDictBase) -> tuple[Tensor, ...]:
+    """What stays the same within an episode and is not in its frames."""
+    return tuple(state[key] for key in ("key", "text", *OPTIONAL_KEYS) if key in state)
 
 
 def _inputs(state: TensorDictBase, first: int, end: int) -> Tensor:

@@ -74,6 +74,9 @@ class Adaptation:
             torch.manual_seed(seed_of(Stream.TRAINING, seed))
             config = LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=self.targets)
             transformer.add_adapter(config, adapter_name=ADAPTER)
+        for parameter in transformer.parameters():
+            if parameter.requires_grad:  # beside weights in bfloat16, which would round small updates away
+                parameter.data = parameter.data.float()
 
 
 def merged(transformer: Any) -> Any:

@@ -176,12 +176,14 @@ class Context:
         text: `[B, L, dim]`.
         image: `[B, I, dim]` or None.
         memory: keys and values of this layer, kept between calls where the text stays the same (no gradient).
+        image_queries: the first tokens of a sample, which alone see the image; None: all do.
     """
 
     batch: int
     text: Tensor
     image: Tensor | None = None
     memory: dict[str, tuple[Tensor, Tensor]] | None = None
+    image_queries: int | None = None
 
 
 def _heads(attn: WanAttention, x: Tensor) -> Tensor:
@@ -228,8 +230,14 @@ class ContextAttentionProcessor(WanAttnProcessor):
         x = hidden_states.reshape(context.batch, -1, hidden_states.shape[-1])
         query = _heads(attn, attn.norm_q(attn.to_q(x))).transpose(1, 2)
         pairs = _context_pairs(attn, context)
-        outs = [attend(query.type_as(value), key.type_as(value), value) for key, value in pairs.values()]
-        out = sum(outs[1:], outs[0]).transpose(1, 2).flatten(2)
+        key, value = pairs["text"]
+        out = attend(query.type_as(value), key.type_as(value), value)
+        if "image" in pairs and context.image_queries != 0:
+            key, value = pairs["image"]
+            looking = slice(context.image_queries)
+            seen = out[:, :, looking] + attend(query[:, :, looking].type_as(value), key.type_as(value), value)
+            out = seen if context.image_queries is None else torch.cat([seen, out[:, :, context.image_queries :]], 2)
+        out = out.transpose(1, 2).flatten(2)
         return attn.to_out[1](attn.to_out[0](out)).view_as(hidden_states)
 
 

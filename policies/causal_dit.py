@@ -7,9 +7,10 @@ Cached and parallel give the same velocities up to rounding.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -28,7 +29,7 @@ from policies.attention import (
     frames_of,
 )
 from policies.causality import CLEAN, NOISY, Causality
-from policies.kv_cache import CachedAttention, KVCache
+from policies.kv_cache import KVCache
 
 __all__ = ["CausalWanTransformer3DModel", "Causality", "KVCache"]
 
@@ -41,9 +42,19 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
     cost per token. Every pass goes through `forward`, so that wrappers (DeepSpeed, DistributedDataParallel)
     see it; a wrapped model is called as `model(..., mode="parallel")`.
 
+    Attributes:
+        image_frames: which frames of a parallel or cached pass see the image tokens: `all`, as diffusers' pipelines do,
+            `first` (the frame that the image is of; later ones see none, AR-Drag section 3.2) or `none`.
+        mixed: compute in bfloat16 under autocast, whatever the weights are kept in.
+        given_first: frames under mask 1 are the reference image itself, not generated (`policies/first_frame.py`).
+
     Raises:
         ValueError: `patch_size` spans more than one latent frame.
     """
+
+    image_frames: str = "all"
+    mixed: bool = False
+    given_first: ClassVar[bool] = False
 
     # diffusers reads the configuration's keys from this signature.
     @wraps(WanTransformer3DModel.__init__)  # type: ignore[misc]
@@ -62,7 +73,23 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             "parallel": self._parallel,
             "cached": self._cached,
         }
-        return passes[mode](*args, **kwargs)
+        with torch.autocast(self.device.type, torch.bfloat16) if self.mixed else nullcontext():
+            return passes[mode](*args, **kwargs)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights; diffusers' own walks through every module at each call."""
+        return self.patch_embedding.weight.dtype
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """In which velocities are computed, and to which they are rounded."""
+        return torch.bfloat16 if self.mixed else self.dtype
+
+    @property
+    def frame_channels(self) -> int:
+        """Channels of a frame as the passes take it: latent and condition."""
+        return int(self.config.in_channels)
 
     def parallel(
         self,
@@ -181,7 +208,8 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         mask = attention_mask(causality, present, history + present, per_frame, device)
         attentions = [PrefixAttention(mask, prefix) for prefix in prefixes]
         rotations = self._rotations(0, count, height, width)
-        out = self._blocks(noisy_tokens, 1000 * sigma, rotations, attentions, text, image)
+        looking = self._looking(0, per_frame)
+        out = self._blocks(noisy_tokens, 1000 * sigma, rotations, attentions, text, image, looking=looking)
         return self._frames(out, count, height, width)
 
     def _history(
@@ -190,8 +218,9 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         """Keys and values of every layer of the history `[B, E, C+Cc, h, w]` at noise levels `sigma [B, E]`."""
         count, _, height, width = clean.shape[1:]
         attentions = [PrefixAttention(mask) for _ in self.blocks]
-        rotations = self._rotations(0, count, height, width)
-        self._blocks(self._tokens(clean), 1000 * sigma, rotations, attentions, text, image)
+        rotations, tokens = self._rotations(0, count, height, width), self._tokens(clean)
+        looking = self._looking(0, tokens.shape[1] // count)
+        self._blocks(tokens, 1000 * sigma, rotations, attentions, text, image, looking=looking)
         return [attention.own for attention in attentions]
 
     def _cached(
@@ -212,12 +241,18 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
                 f"cached pass of frames {first}..{first + count - 1} with commit={commit} does not continue "
                 f"a cache of {cache.end} frames in chunks of {chunk}; reset it, or commit chunk by chunk"
             )
-        attentions = [CachedAttention(cache, layer, count, commit) for layer in range(len(self.blocks))]
+        attentions = cache.attentions(len(self.blocks), count, commit)
         memories = [cache.context.setdefault(layer, {}) for layer in range(len(self.blocks))]
-        rotations = self._rotations(first, count, height, width)
-        out = self._blocks(self._tokens(frames), 1000 * sigma, rotations, attentions, text, image, memories)
+        rotations, tokens = self._rotations(first, count, height, width), self._tokens(frames)
+        looking = self._looking(first, tokens.shape[1] // count)
+        blocks = cache.compiled or self._blocks
+        out = blocks(tokens, 1000 * sigma, rotations, attentions, text, image, memories, looking)
         cache.end += commit
         return self._frames(out, count, height, width)
+
+    def _looking(self, first: int, tokens: int) -> int | None:
+        """How many tokens of a sequence that starts with frame `first` see the image; None: all."""
+        return None if self.image_frames == "all" else tokens * (self.image_frames == "first" and first == 0)
 
     def _tokens(self, frames: Tensor) -> Tensor:
         """Embed `[B, F, C, h, w]` into tokens `[B, F * n, dim]`, frame by frame."""
@@ -238,8 +273,12 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         text: Tensor,
         image: Tensor | None,
         memories: Sequence[dict[str, tuple[Tensor, Tensor]] | None] | None = None,
+        looking: int | None = None,
     ) -> Tensor:
         """Run blocks and output head on tokens `[B, G * n, dim]` whose G groups have timesteps `[B, G]`."""
+        if memories and memories[0] and not torch.is_grad_enabled():
+            text, image = text[:, :1], None  # every layer remembers its keys and values: no need to embed them again
+        image = None if image is None or looking == 0 else image.to(self.dtype)
         batch, groups = timestep.shape
         folded = tokens.reshape(batch * groups, -1, tokens.shape[-1])
         temb, modulation, text, image = self.condition_embedder(timestep.flatten(), text.to(self.dtype), image)
@@ -247,7 +286,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         checkpoint = torch.is_grad_enabled() and self.gradient_checkpointing
         for i, (block, attention) in enumerate(zip(self.blocks, attentions, strict=True)):
             frames = FrameAttention(batch, rotations, attention)
-            context = Context(batch, text, image, memories[i] if memories else None)
+            context = Context(batch, text, image, memories[i] if memories else None, looking)
             if checkpoint:
                 folded = self._gradient_checkpointing_func(block, folded, context, modulation, frames)
             else:

@@ -1,15 +1,17 @@
-"""Codecs between what a person sees and what the policy works on: the video VAE and the text encoder."""
+"""Codecs between what a person sees and what the policy works on: the video VAE, the text and the image encoder."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
+from transformers import CLIPVisionModel, PreTrainedTokenizerFast, UMT5EncoderModel
+
+from metrics.clip_vision import MEAN, STD, square
 
 
 class VideoCodec(nn.Module):
@@ -55,35 +57,41 @@ class VideoCodec(nn.Module):
         """
         if video.shape[2] % 4 != 1:
             raise ValueError(f"a video of {video.shape[2]} frames cannot be encoded; the VAE takes 1 + 4 k frames")
-        video = video.to(self.mean.device).contiguous(memory_format=torch.channels_last_3d)
-        latents = self.vae.encode(video).latent_dist.mode().transpose(1, 2)
-        return ((latents - self.mean) / self.std).contiguous()
+        video = self._pixels(video)
+        return self._normalised(self.vae.encode(video).latent_dist.mode())
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Decode `[B, M, C, h, w]` to `[B, 3, 4 M - 3, H, W]` in [-1, 1]."""
         z = self._unnormalised(latents)
-        return self.vae.decode(z, return_dict=False)[0].contiguous()
+        return self.vae.decode(z, return_dict=False)[0].float().contiguous()
 
-    @contextmanager
-    def decode_stream(self) -> Iterator[DecodeStream]:
+    def decode_stream(self) -> DecodeStream:
         """Decode frame by frame: feed `[B, C, h, w]`, get 1 pixel frame first and 4 each time after."""
-        self.vae.clear_cache()
-        try:
-            yield DecodeStream(self)
-        finally:
-            self.vae.clear_cache()
+        return DecodeStream(self)
+
+    def encode_stream(self) -> EncodeStream:
+        """Encode frame by frame: feed 1 pixel frame first and 4 each time after, get `[B, C, h, w]`."""
+        return EncodeStream(self)
+
+    def _pixels(self, video: Tensor) -> Tensor:
+        video = video.to(self.mean.device, self.vae.post_quant_conv.weight.dtype)
+        return video.contiguous(memory_format=torch.channels_last_3d)
+
+    def _normalised(self, moments: Tensor) -> Tensor:
+        return ((moments.transpose(1, 2).float() - self.mean) / self.std).contiguous()
 
     def _unnormalised(self, latents: Tensor) -> Tensor:
-        z = (latents * self.std + self.mean).transpose(1, 2)
+        z = (latents.float() * self.std + self.mean).transpose(1, 2).to(self.vae.post_quant_conv.weight.dtype)
         return z.contiguous(memory_format=torch.channels_last_3d)
 
 
 class DecodeStream:
-    """A decoder that remembers the frames it was fed; made by `VideoCodec.decode_stream`."""
+    """A decoder that remembers the frames it was fed; as many at a time as one likes (`VideoCodec.decode_stream`)."""
 
     def __init__(self, codec: VideoCodec) -> None:
         self._codec = codec
+        self._memory: list[Any] = [None] * codec.vae._cached_conv_counts["decoder"]
         self._first = True
 
     @torch.no_grad()
@@ -91,10 +99,72 @@ class DecodeStream:
         """Decode the next latent frame `[B, C, h, w]` to `[B, 3, 1 or 4, H, W]` in [-1, 1]."""
         vae = self._codec.vae
         z = vae.post_quant_conv(self._codec._unnormalised(latent[:, None]))
-        vae._conv_idx = [0]
-        frames = vae.decoder(z, feat_cache=vae._feat_map, feat_idx=vae._conv_idx, first_chunk=self._first)
+        frames = vae.decoder(z, feat_cache=self._memory, feat_idx=[0], first_chunk=self._first)
         self._first = False
-        return frames.clamp(-1, 1)
+        return frames.float().clamp(-1, 1)
+
+    def clone(self) -> DecodeStream:
+        """Copy, so that one may go back to this point; what is remembered is replaced, never changed."""
+        other = DecodeStream(self._codec)
+        other._memory, other._first = list(self._memory), self._first
+        return other
+
+
+class EncodeStream:
+    """An encoder that remembers the frames it was fed (`VideoCodec.encode_stream`)."""
+
+    def __init__(self, codec: VideoCodec) -> None:
+        self._codec = codec
+        self._memory: list[Any] = [None] * codec.vae._cached_conv_counts["encoder"]
+        self._first = True
+
+    @torch.no_grad()
+    def __call__(self, video: Tensor) -> Tensor:
+        """Encode the next `[B, 3, 1 or 4, H, W]` in [-1, 1] to a latent frame `[B, C, h, w]`.
+
+        Raises:
+            ValueError: not 1 frame at first and 4 later.
+        """
+        wanted = 1 if self._first else 4
+        if video.shape[2] != wanted:
+            raise ValueError(f"the encoder takes {wanted} pixel frame(s) here, got {video.shape[2]}")
+        codec = self._codec
+        hidden = codec.vae.encoder(codec._pixels(video), feat_cache=self._memory, feat_idx=[0])
+        self._first = False
+        return codec._normalised(codec.vae.quant_conv(hidden).chunk(2, 1)[0])[:, 0]
+
+    def clone(self) -> EncodeStream:
+        """Copy, so that one may go back to this point."""
+        other = EncodeStream(self._codec)
+        other._memory, other._first = list(self._memory), self._first
+        return other
+
+
+class ImageCodec(nn.Module):
+    """A CLIP vision tower whose last hidden states but one are the image tokens of Wan, 257 x 1280 as released.
+
+    Args:
+        tower: a `CLIPVisionModel`.
+        mean, std: of the three colours, as the tower was trained.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, tower: CLIPVisionModel, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> None:
+        super().__init__()
+        self.tower = tower.eval().requires_grad_(False)
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Encode images `[B, 3, H, W]` in [-1, 1] to tokens `[B, I, E]`; short edge fitted, centre cut out."""
+        unit = ((images.float().to(self.mean.device) + 1) / 2).clamp(0, 1)
+        pixels = (square(unit, self.tower.config.image_size).clamp(0, 1) - self.mean) / self.std
+        out = self.tower(pixel_values=pixels.to(self.tower.dtype), output_hidden_states=True)
+        tokens: Tensor = out.hidden_states[-2]
+        return tokens
 
 
 class TextCodec(nn.Module):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from policies.attention import attend
+from policies.attention import Attention, attend
 from policies.causality import Causality
 
 Pair = tuple[Tensor, Tensor]
@@ -26,12 +27,14 @@ class KVCache:
         causality: bounds, and whether gradient flows through the held frames.
         end: number of frames committed since the last reset.
         context: per layer, keys and values of the episode's text (see `attention.Context`).
+        compiled: what runs the blocks in place of the model's own method, where something does.
     """
 
     causality: Causality
     end: int = 0
     context: dict[int, dict[str, Pair]] = field(default_factory=dict)
     _layers: dict[int, Pair] = field(default_factory=dict)
+    compiled: Callable[..., Tensor] | None = None
 
     @property
     def frames(self) -> list[int]:
@@ -49,6 +52,10 @@ class KVCache:
         layers = {i: (key.clone(), value.clone()) for i, (key, value) in self._layers.items()}
         context = {i: dict(pairs) for i, pairs in self.context.items()}
         return KVCache(self.causality, self.end, context, layers)
+
+    def attentions(self, layers: int, frames: int, commit: int) -> list[Attention]:
+        """How each layer attends in a pass over `frames` frames, the first `commit` of which are clean."""
+        return [CachedAttention(self, layer, frames, commit) for layer in range(layers)]
 
     def read(self, layer: int, frames: int, tokens: int) -> Pair | None:
         """Keys and values `[B, heads, frames * tokens, d]` of the first `frames` places; None for 0."""

@@ -14,6 +14,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
 from data import draws
+from envs.ar_video import OPTIONAL_KEYS
 from envs.transitions import log_prob, ode_mean
 from policies.causality import Causality
 from policies.kv_cache import KVCache
@@ -125,7 +126,8 @@ def sample_rollout(
 ) -> TensorDict:
     """Act from an episode's start to its end; returns what `envs.rollout.RolloutCollector` does, without reward."""
     chain = generate(transformer, transition, causality, state, on_step=on_step)
-    values = {key: state[key] for key in ("stochastic", "sigma", "condition", "text", "key")}
+    kept = ("stochastic", "sigma", "condition", "text", "key", *OPTIONAL_KEYS)
+    values = {key: state[key] for key in kept if key in state}
     values |= {"latents": chain.latents, "log_prob": chain.log_prob, "prompt_id": state["key"][:, 2]}
     return TensorDict(values, batch_size=state.batch_size, device=state.device)
 

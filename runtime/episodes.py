@@ -54,6 +54,7 @@ class Episodes:
         prompts = range(first_prompt, first_prompt + len(clips))
         condition = self.networks.condition(clips, [(seed, iteration, p) for p in prompts], self.device)
         text = self.networks.text.encode(clips.prompts)
+        image = self.networks.image_tokens(clips, self.device)
         repeated = clips.repeat(group_size)
         key = torch.tensor([[seed, iteration, p, g] for p in prompts for g in range(group_size)])
         frames = condition.shape[1]
@@ -66,6 +67,7 @@ class Episodes:
             key,
             self.networks.video.latent_shape(clips.trajectory.height, clips.trajectory.width),
             self.rollout.share_initial_noise,
+            None if image is None else image.repeat_interleave(group_size, dim=0),
         )
         return state, repeated
 

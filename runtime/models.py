@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from envs.control import MODES, NOTE
 
 if TYPE_CHECKING:
+    from policies.causal_dit import CausalWanTransformer3DModel
     from runtime.networks import Networks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,6 +46,11 @@ class Pretrained:
         """The folder, absolute."""
         here = Path(self.path).expanduser()
         return (here if here.exists() else ROOT / here).resolve()
+
+    @property
+    def label(self) -> str:
+        """What a plan calls the model."""
+        return f"{self.folder.name}/{self.transformer}"
 
     @property
     def network(self) -> Path:
@@ -88,3 +94,9 @@ class Pretrained:
         from runtime.networks import load_networks
 
         return load_networks(self, device)
+
+    def load_transformer(self, device: str) -> CausalWanTransformer3DModel:
+        """Load the transformer alone; raises as `load`."""
+        from runtime.networks import load_transformer
+
+        return load_transformer(self, device)

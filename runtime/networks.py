@@ -16,6 +16,7 @@ from data.draws import Stream, normals
 from envs.control import MASK_CHANNELS, assemble_condition, heatmap
 from policies.causal_dit import CausalWanTransformer3DModel
 from policies.codecs import TextCodec, VideoCodec
+from policies.features import ImageEncoder, TextEncoder
 from runtime.models import Pretrained
 
 if TYPE_CHECKING:
@@ -31,12 +32,14 @@ class Networks:
         video: codec between pixels and latents.
         text: prompt encoder.
         control: how a path is drawn (`Pretrained.control`).
+        image: encoder of the reference image, for transformers that look at its tokens.
     """
 
     transformer: CausalWanTransformer3DModel
     video: VideoCodec
-    text: TextCodec
+    text: TextEncoder
     control: str
+    image: ImageEncoder | None = None
 
     def condition(self, clips: ClipBatch, noise_keys: list[tuple[int, ...]], device: str) -> Tensor:
         """What each frame is conditioned on, `[B, M, Cc, h, w]`: mask, reference image or noise, control.
@@ -53,6 +56,10 @@ class Networks:
         noise = normals(Stream.REFERENCE_NOISE, keys, shape).unflatten(0, (len(noise_keys), frames))
         return assemble_condition(reference, control, noise.to(device))
 
+    def image_tokens(self, clips: ClipBatch, device: str) -> Tensor | None:
+        """Tokens of the clips' first frames `[B, I, E]`, where the transformer takes some."""
+        return None if self.image is None else self.image.encode(clips.video[:, :, 0]).to(device)
+
     def pools(self, world: World, count: int, track_noise: float = 0.0, first: int = 0) -> list[LatentPool]:
         """Encoded training clips `first .. first + count - 1` of every frame size; see `encode_pool`."""
         from algorithms.distillation.pool import encode_pool
@@ -66,10 +73,8 @@ class Networks:
 def load_networks(model: Pretrained, device: str) -> Networks:
     """Load the parts of a folder in diffusers' layout; see `Pretrained.load`."""
     model.check()
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    folder = model.folder
-    transformer = CausalWanTransformer3DModel.from_pretrained(model.network, local_files_only=True)
+    quiet()
+    folder, transformer = model.folder, load_transformer(model, device)
     video = VideoCodec(AutoencoderKLWan.from_pretrained(folder / "vae", local_files_only=True))
     expected = video.channels + MASK_CHANNELS + 2 * video.channels
     if transformer.config.in_channels != expected:
@@ -82,4 +87,17 @@ def load_networks(model: Pretrained, device: str) -> Networks:
         UMT5EncoderModel.from_pretrained(folder / "text_encoder", local_files_only=True),
         model.text_length,
     )
-    return Networks(transformer.to(device).eval(), video.to(device), text.to(device), model.control)
+    return Networks(transformer, video.to(device), text.to(device), model.control)
+
+
+def load_transformer(model: Pretrained, device: str) -> CausalWanTransformer3DModel:
+    """Load the transformer alone, in evaluation mode."""
+    quiet()
+    transformer = CausalWanTransformer3DModel.from_pretrained(model.network, local_files_only=True)
+    return transformer.to(device).eval()
+
+
+def quiet() -> None:
+    """Show no progress bars of loading."""
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()

@@ -20,7 +20,7 @@ def describe(session: Session) -> str:
     total = sum(p.numel() for p in networks.transformer.parameters())
     terms = " + ".join(f"{term.weight:g} {name}" for name, term in s.reward.items())
     lines = [
-        f"model      {s.model.folder.name}/{s.model.transformer}: {total / 1e6:.2f} M parameters, "
+        f"model      {s.model.label}: {total / 1e6:.2f} M parameters, "
         f"{trainable / 1e6:.2f} M train, on {session.device} ({torch.get_num_threads()} threads)",
         f"world      {type(s.world).__name__.lower()}: sizes {', '.join(f'{h}x{w}' for h, w in s.world.buckets)}, "
         f"{r.frames} latent = {4 * r.frames - 3} pixel frames",

@@ -26,7 +26,8 @@ def check(settings: Settings) -> None:
         ValueError: settings that contradict each other.
         FileNotFoundError: a file or folder that does not exist.
     """
-    learning = (groups, minibatches, stochasticity, alarms) if settings.stage is None else (step1, preferences)
+    rl, stages = (groups, minibatches, stochasticity, alarms, precision), (step1, preferences)
+    learning = rl if settings.stage is None else stages
     for rule in (*learning, trackers, scorers, frames, clips, run_folder):
         rule(settings)
 
@@ -57,6 +58,16 @@ def minibatches(settings: Settings) -> None:
     require(
         samples % parts == 0,
         f"algorithm.minibatches={parts} does not divide the {samples} {what}; use {parts_of(samples)}",
+    )
+
+
+def precision(settings: Settings) -> None:
+    """Rounding of bfloat16 weights loses small updates; engines other than `plain` may keep float32 copies."""
+    kept = getattr(settings.model, "precision", "float32") != "bfloat16" or settings.adaptation.kind == "lora"
+    require(
+        kept or _name(settings.engine) != "Plain",
+        "model.precision=bfloat16 rounds most of an update away under engine=plain; use adaptation=lora, "
+        "model.precision=mixed, or an engine that keeps float32 weights",
     )
 
 

@@ -32,7 +32,7 @@ from runtime.evaluation import Judge, Sample, divergence, follow, measure, sampl
 from runtime.settings import Settings
 
 # Acting and re-scoring are the same computation batched differently: what is left is rounding.
-LARGEST_GAP = 1e-5
+LARGEST_GAP = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
 class Session:
@@ -151,7 +151,7 @@ class Session:
 
     def evaluate_start(self) -> tuple[dict[str, float], list[Sample]]:
         """Measure the weights that this run started from; a run that was resumed loads them again."""
-        transformer = self.settings.model.load(self.device).transformer
+        transformer = self.settings.model.load_transformer(self.device)
         self._adapt(transformer)
         return self._measure(Actor(transformer, self.settings.transition, self.actor.causality))
 
@@ -163,7 +163,7 @@ class Session:
 
     def divergence(self) -> float:
         """KL of the policy to the model's own weights on the held-out clips; see `runtime.evaluation.divergence`."""
-        own = self.settings.model.load(self.device).transformer
+        own = self.settings.model.load_transformer(self.device)
         initial = Actor(own, self.settings.transition, self.actor.causality)
         return divergence(self.actor, initial, self.episodes, [s.clips for s in self.truth])
 
@@ -210,10 +210,11 @@ class Session:
         return [part.flatten().to(self.device) for part in blocks.chunk(algorithm.minibatches)]
 
     def _check_gap(self, gap: float) -> None:
-        if not gap <= LARGEST_GAP:
+        largest = LARGEST_GAP[getattr(self.episodes.networks.transformer, "compute_dtype", torch.float32)]
+        if not gap <= largest:
             raise RuntimeError(
                 f"re-scored log-probs differ from those of acting by {gap:.2e}, "
-                f"more than the {LARGEST_GAP:.0e} of rounding: "
+                f"more than the {largest:.0e} of rounding: "
                 f"policy and environment disagree, nothing learned from this is right"
             )
 

@@ -156,11 +156,34 @@ def test_streaming_decode_is_the_whole_decode(codec: VideoCodec) -> None:
     latents = codec.encode(pixels()) * 1.5
     whole = codec.decode(latents)
     for _ in range(2):  # nothing is left over from the stream before
-        with codec.decode_stream() as stream:
-            parts = [stream(latents[:, m]) for m in range(latents.shape[1])]
+        stream = codec.decode_stream()
+        parts = [stream(latents[:, m]) for m in range(latents.shape[1])]
         assert [part.shape[2] for part in parts] == [1, 4, 4, 4]
         torch.testing.assert_close(torch.cat(parts, 2), whole, atol=1e-5, rtol=0)
     torch.testing.assert_close(codec.decode(latents), whole, atol=0, rtol=0)
+
+
+def test_streaming_encode_is_the_whole_encode(codec: VideoCodec) -> None:
+    video = pixels()
+    whole, stream = codec.encode(video), codec.encode_stream()
+    pieces = [video[:, :, :1], *video[:, :, 1:].split(4, 2)]
+    parts = [stream(piece) for piece in pieces[:2]]
+    early = stream.clone()
+    parts += [stream(piece) for piece in pieces[2:]]
+    torch.testing.assert_close(torch.stack(parts, 1), whole, atol=1e-5, rtol=0)
+    again = [early(piece) for piece in pieces[2:]]  # from the copy: what came later has not touched it
+    assert all(map(torch.equal, again, parts[2:]))
+    with pytest.raises(ValueError, match="takes 4 pixel frame"):
+        stream(video[:, :, :1])
+
+
+def test_streams_side_by_side_do_not_disturb_each_other(codec: VideoCodec) -> None:
+    one = codec.encode(pixels())
+    two = -one
+    streams = codec.decode_stream(), codec.decode_stream()
+    parts = [(streams[0](one[:, m]), streams[1](two[:, m])) for m in range(one.shape[1])]
+    for latents, made in zip((one, two), zip(*parts, strict=True), strict=True):
+        torch.testing.assert_close(torch.cat(made, 2), codec.decode(latents), atol=1e-5, rtol=0)
 
 
 def test_a_number_of_frames_that_does_not_fit_is_refused(codec: VideoCodec) -> None:

@@ -11,7 +11,8 @@ from torch import Tensor
 from data.draws import Stream, generator
 from data.pool import ClipPool
 from envs.control import MODES, assemble_condition, heatmap
-from policies.codecs import TextCodec, VideoCodec
+from policies.codecs import VideoCodec
+from policies.features import TextEncoder
 from tracking.transforms import jittered
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class LatentPool:
 def encode_pool(
     world: World,
     video: VideoCodec,
-    text: TextCodec,
+    text: TextEncoder,
     bucket: tuple[int, int],
     count: int,
     first: int = 0,

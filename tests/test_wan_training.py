@@ -1,0 +1,73 @@
+"""The loop of the embedded model runs full-size Wan's classes: GRPO and DPO, LoRA and all weights, both kinds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from runtime.config import CONF, validate
+from runtime.session import Session
+from tests.wan_fixtures import OVERRIDES, write
+
+SMOKE = ["+debug=smoke", "reward=motion", "world.sizes=[32x32]", "device=cpu"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def hydra_tree() -> Iterator[None]:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield
+
+
+def session(run_dir: Path, *overrides: str) -> Session:
+    plan = validate(compose("grpo", [*SMOKE, *OVERRIDES, f"run_dir={run_dir / 'run'}", *overrides]))
+    return Session(plan.settings, plan.config)
+
+
+def iterate(made: Session) -> dict[str, float]:
+    rollout = made.rollout()
+    video = made.decode(rollout)
+    return made.score(rollout, video) | made.update(rollout)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model=wan2.1_1.3b", "adaptation=lora", "model.architecture.image_dim=80"],
+        ["model=wan2.1_1.3b_t2v", "adaptation=full", "algorithm=dpo", "algorithm.pairs=1"],
+    ],
+    ids=["i2v lora grpo", "t2v full dpo"],
+)
+def test_an_iteration_from_a_checkpoint(overrides: list[str], tmp_path: Path) -> None:
+    kind = "t2v" if "t2v" in overrides[0] else "i2v"
+    write(tmp_path / "model", kind, "diffusers")
+    made = session(tmp_path, *overrides, f"model.path={tmp_path / 'model'}", f"model.features={tmp_path / 'features'}")
+    before = [p.detach().clone() for p in made.parameters]
+    metrics = iterate(made)
+    assert metrics["log_prob_gap"] <= 1e-5 and metrics["grad_norm"] > 0
+    assert any(not torch.equal(a, b) for a, b in zip(before, made.parameters, strict=True))
+    assert list((tmp_path / "features").glob("*.safetensors"))
+    made.save()
+    samples = made.evaluate_start()[1]
+    assert samples[0].video.shape[-2:] == (32, 32)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "mixed"])
+def test_low_precision_has_float32_log_probs_and_float32_weights_that_train(precision: str, tmp_path: Path) -> None:
+    image = ["model.architecture.image_dim=80", "model.random=true"]
+    adaptation = "lora" if precision == "bfloat16" else "full"
+    made = session(tmp_path, "model=wan2.1_1.3b", *image, f"adaptation={adaptation}", f"model.precision={precision}")
+    assert {p.dtype for p in made.parameters} == {torch.float32}
+    assert made.actor.transformer.compute_dtype == torch.bfloat16
+    rollout = made.rollout()
+    assert rollout["log_prob"].dtype == torch.float32 and "image" in rollout
+    made.score(rollout, made.decode(rollout))
+    gap = made.update(rollout)["log_prob_gap"]
+    assert gap <= 1e-2
+    velocity = made.actor.velocity(made.episodes.training(0, 0)[0], 0, 0)
+    assert velocity.dtype == torch.float32 and torch.equal(velocity, velocity.bfloat16().float())
