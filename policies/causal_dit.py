@@ -45,6 +45,9 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         ValueError: `patch_size` spans more than one latent frame.
     """
 
+    # Arithmetic of a pass, by autocast; None: that of the weights.
+    compute_dtype: torch.dtype | None = None
+
     # diffusers reads the configuration's keys from this signature.
     @wraps(WanTransformer3DModel.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -62,7 +65,12 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             "parallel": self._parallel,
             "cached": self._cached,
         }
-        return passes[mode](*args, **kwargs)
+        if self.compute_dtype is None:
+            return passes[mode](*args, **kwargs)
+        # Without autocast's cache: a weight that is cast in the pass over the history, which has no gradient, would
+        # keep its gradient from the pass over the present.
+        with torch.autocast(args[0].device.type, self.compute_dtype, cache_enabled=False):
+            return passes[mode](*args, **kwargs)
 
     def parallel(
         self,

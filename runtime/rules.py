@@ -3,6 +3,7 @@ naming key and fix."""
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from data.draws import Stream, generator
 from runtime.checkpoint import complete_steps, read_state
 from runtime.identity import BEGUN
 from runtime.settings import Settings, require
+from runtime.team import ranks
 
 # Most latent frames of a schedule's dry run.
 _DRY_FRAMES = 1024
@@ -25,7 +27,7 @@ def check(settings: Settings) -> None:
         FileNotFoundError: a file or folder that does not exist.
     """
     learning = (groups, minibatches, stochasticity) if settings.stage is None else (step1,)
-    for rule in (*learning, trackers, scorers, frames, clips, run_folder):
+    for rule in (*learning, engines, trackers, scorers, frames, clips, run_folder):
         rule(settings)
 
 
@@ -91,6 +93,24 @@ def stochasticity(settings: Settings) -> None:
         settings.schedule.choose(available, generator(Stream.SCHEDULE, settings.seed), 0)
     except ValueError as error:
         raise ValueError(f"schedule does not fit rollout.sigmas={sigmas}: {error}") from error
+
+
+def engines(settings: Settings) -> None:
+    """The engine is installed; groups are whole in every process; step 1 has loops of its own."""
+    engine, processes, prompts = settings.engine, ranks(), settings.rollout.prompts
+    engine.check()
+    require(
+        prompts % processes == 0,
+        f"rollout.prompts={prompts} cannot be split over {processes} processes; make it a multiple of {processes}",
+    )
+    if settings.stage is not None:
+        unused = [f"engine.{f.name}={getattr(engine, f.name)}" for f in fields(engine) if f.name != "threads"
+                  and getattr(engine, f.name) != f.default]  # fmt: skip
+        require(
+            not engine.distributed and processes == 1 and not unused,
+            f"this experiment runs in one process, with the plain engine alone; drop {', '.join(unused) or 'engine'}"
+            + (f", and start it without a launcher ({processes} processes)" if processes > 1 else ""),
+        )
 
 
 def trackers(settings: Settings) -> None:
