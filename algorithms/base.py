@@ -88,6 +88,10 @@ class Updates:
 
         return PolicyLoss(self, actor, reference)
 
+    def sizes(self, batch: TensorDictBase) -> dict[str, float]:
+        """Entries that losses and metrics are means over, by name, where these are not those of `mask`."""
+        return {}
+
 
 @dataclass(frozen=True)
 class Compared(Updates):

@@ -71,6 +71,12 @@ class DPO(Compared):
         rollout["mask"] = rollout["stochastic"] & role.ne(0).any(-1, keepdim=True)
         return {**metrics, "pairs": float(role.clamp(min=0).sum())}
 
+    def sizes(self, batch: TensorDictBase) -> dict[str, float]:
+        """The objective is a mean over pairs."""
+        role = batch["role"].unflatten(0, (-1, int(batch["group_size"][0])))
+        pairs = float(role.ne(0).any(1).sum())
+        return dict.fromkeys(("loss_objective", "preference_accuracy", "preference_margin"), pairs)
+
     def loss(
         self, scores: TensorDictBase, batch: TensorDictBase, transition: Transition, initial: TensorDictBase | None
     ) -> Terms:

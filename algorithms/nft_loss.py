@@ -18,7 +18,7 @@ class NFTLoss(PolicyLoss):
     """
 
     @torch.no_grad()
-    def begin(self, rollout: TensorDictBase) -> dict[str, float]:
+    def observe(self, rollout: TensorDictBase) -> None:
         """Add noise levels `forward_sigma [B, K, M]`, noise `forward_eps` and the velocities of the weights that acted
         `forward_old`, both `[B, K, M, C, h, w]`, for K draws; keyed by (seed, iteration, prompt, sample).
         """
@@ -37,7 +37,6 @@ class NFTLoss(PolicyLoss):
         rollout["forward_old"] = torch.stack(
             [self._velocity(self.actor.transformer, rollout, k) for k in range(self.settings.draws)], 1
         )
-        return {}
 
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
         """Loss terms `loss_objective`, with a reference `loss_initial`, and detached metrics, all scalars.

@@ -36,7 +36,24 @@ class PolicyLoss(LossModule):
 
     def begin(self, rollout: TensorDictBase) -> dict[str, float]:
         """Add to a prepared rollout what follows from the weights that acted; once, before its first mini-batch."""
+        self.observe(rollout)
+        return self.settle(rollout)
+
+    def observe(self, rollout: TensorDictBase) -> None:
+        """The part of `begin` that looks at each sample alone."""
+
+    def settle(self, rollout: TensorDictBase) -> dict[str, float]:
+        """The part of `begin` that compares samples; returns what to log. Where processes share a rollout, it gets the
+        entries of up to three dimensions of all of them.
+        """
         return {}
+
+    def sizes(self, batch: TensorDictBase) -> dict[str, float]:
+        """How many entries of a mini-batch each loss or metric is the mean over; "": those not named.
+
+        Parts of a mini-batch, in one process or several, are weighted by it.
+        """
+        return {"": float(batch["mask"].sum()), **self.settings.sizes(batch)}
 
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
         """Loss terms `loss_<name>` and detached metrics, all scalars.

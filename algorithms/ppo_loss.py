@@ -66,14 +66,24 @@ class PPOLoss(PolicyLoss):
         self.critic = build_critic(settings.critic, settings.critic_width, actor)
 
     @torch.no_grad()
-    def begin(self, rollout: TensorDictBase) -> dict[str, float]:
-        """Add `observation`, `advantage` and `value_target`, all `[B, M, N, ...]`; return how well values fit."""
-        observation, chunk = self.critic.observe(rollout), self.actor.causality.chunk
-        value, gamma = self.critic(observation), self.settings.gamma
+    def observe(self, rollout: TensorDictBase) -> None:
+        """Add `observation [B, M, N, F]` and `value [B, M, N]`."""
+        rollout["observation"] = self.critic.observe(rollout)
+        rollout["value"] = self.critic(rollout["observation"])
+
+    def sizes(self, batch: TensorDictBase) -> dict[str, float]:
+        """See `PolicyLoss.sizes`; the critic's is a mean over the decisions of samples without a failure."""
+        whole = batch["valid"].all(1)[:, None, None].expand_as(batch["value_target"])
+        return {**super().sizes(batch), "loss_critic": float(whole.sum())}
+
+    @torch.no_grad()
+    def settle(self, rollout: TensorDictBase) -> dict[str, float]:
+        """Add `advantage` and `value_target`, both `[B, M, N]`; return how well values fit."""
+        value, chunk, gamma = rollout["value"], self.actor.causality.chunk, self.settings.gamma
         advantage, target = chain_advantage(rollout["reward"], value, gamma, self.settings.lam, chunk)
         whole = rollout["valid"].all(1)
         mask = rollout["mask"]
-        rollout["observation"], rollout["value_target"] = observation, target
+        rollout["value_target"] = target
         eps = self.settings.advantage_eps
         rollout["advantage"] = normalized(advantage, mask, eps) if self.settings.normalize else advantage
         # What was paid, not the target: that contains the value, and so explains itself.

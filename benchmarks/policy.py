@@ -125,7 +125,7 @@ def _rescore(session: Session, rollout: TensorDictBase, learn: bool, repeats: in
         _agree(f"re-scoring, {name}", way(), rollout["log_prob"])
     counts = {name: passes(actor, len(rollout), way) for name, way in ways.items()}
     seconds = race(ways, repeats, session.synchronize)
-    session.optimizer.zero_grad(set_to_none=True)
+    session.actor.zero_grad(set_to_none=True)
     gain = seconds["same steps"] / seconds["parallel"]
     return {
         "batch": len(rollout),

@@ -5,18 +5,23 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING
 
 from runtime.cli import main, setup_phase
 from runtime.config import Plan
+from runtime.guard import NonFinite
+from runtime.lock import FolderLock
+from runtime.runlog import Silent, read
+from runtime.signals import StopFlag, Stopped
+from runtime.timing import PhaseTimer
 
 if TYPE_CHECKING:
     from runtime.alarms import Watch
+    from runtime.outcome import Outcome
     from runtime.progress import Progress
     from runtime.runlog import RunLog
     from runtime.session import Session
-    from runtime.timing import PhaseTimer
 
 
 def run(plan: Plan) -> None:
@@ -25,36 +30,45 @@ def run(plan: Plan) -> None:
     from runtime.outcome import Outcome
     from runtime.plan import describe
     from runtime.progress import Progress
-    from runtime.runlog import read
     from runtime.session import Session
-    from runtime.signals import StopFlag
-    from runtime.timing import PhaseTimer
 
     settings = plan.settings
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(settings.updates, started=plan.started))
+        stop = stack.enter_context(StopFlag())
         with setup_phase():
-            session = Session(settings, plan.config)
+            stack.enter_context(FolderLock.of(settings))
+            session = Session(settings, plan.config, stop)
+        session.notice = progress.notice
         progress.resume(session.iteration)
         progress.note(describe(session))
-        stop = stack.enter_context(StopFlag())
-        log = settings.logger.open(session.run_dir, plan.config, session.iteration)
+        log = settings.logger.open(session.run_dir, plan.config, session.iteration) if session.team.main else Silent()
         stack.callback(log.close)
         watch = Watch(settings.alarms, [row for row in read(session.run_dir) if row["step"] <= session.iteration])
         outcome = Outcome(session, log, progress)
         session.on_step = progress.rollout_step
-        outcome.begin()
-        if due(session):  # a run that was stopped between a checkpoint and its evaluation
-            outcome.evaluate()
-        timer = PhaseTimer(session.synchronize)
-        while session.iteration < settings.updates and not stop.requested:
-            iterate(session, timer, log, progress, watch)
-            last = session.iteration == settings.updates
-            if last or stop.requested or session.iteration % settings.saving.every == 0:
-                session.save()
-            if due(session):
-                outcome.evaluate()
+        with suppress(Stopped):  # what an iteration has done so far is dropped: it follows from the weights before it
+            train(session, outcome, log, progress, watch)
+        if stop.requested and session.iteration:
+            session.save(required=True)
         progress.note(outcome.finish())
+
+
+def train(session: Session, outcome: Outcome, log: RunLog, progress: Progress, watch: Watch) -> None:
+    """Evaluate, then iterate to the last update; save and evaluate on the way."""
+    settings = session.settings
+    outcome.begin()
+    if due(session):  # a run that was stopped between a checkpoint and its evaluation
+        outcome.evaluate()
+    timer = PhaseTimer(session.synchronize)
+    while session.iteration < settings.updates:
+        session.stop.poll()
+        iterate(session, timer, log, progress, watch)
+        last = session.iteration == settings.updates
+        if last or session.unsaved or session.iteration % settings.saving.every == 0:
+            session.save(required=last)
+        if due(session):
+            outcome.evaluate()
 
 
 def due(session: Session) -> bool:
@@ -68,14 +82,10 @@ def iterate(session: Session, timer: PhaseTimer, log: RunLog, progress: Progress
     """One iteration: act, decode, score, learn, log."""
     timer.reset()
     progress.phase("rollout")
-    with timer.phase("rollout"):
-        rollout = session.rollout()
-    with timer.phase("decode"):
-        video = session.decode(rollout)
-    with timer.phase("reward"):
-        metrics = session.score(rollout, video)
-    with timer.phase("update"):
-        metrics |= session.update(rollout)
+    try:
+        metrics = transaction(session, timer)
+    except NonFinite as found:
+        metrics = session.skip(found)
     metrics |= watch.check(metrics)
     seconds = timer.seconds()
     log.log(session.iteration, {**metrics, **{f"seconds/{name}": value for name, value in seconds.items()}})
@@ -83,6 +93,18 @@ def iterate(session: Session, timer: PhaseTimer, log: RunLog, progress: Progress
     if algorithm.epochs * algorithm.minibatches == 1:  # every ratio is 1: nothing to clip
         metrics.pop("clip_fraction", None)
     progress.update(session.iteration, metrics, seconds)
+
+
+def transaction(session: Session, timer: PhaseTimer) -> dict[str, float]:
+    """One update, or an exception and weights as they were; returns what to log."""
+    with timer.phase("rollout"):
+        rollout = session.rollout()
+    with timer.phase("decode"):
+        video = session.decode(rollout)
+    with timer.phase("reward"):
+        metrics = session.score(rollout, video)
+    with timer.phase("update"):
+        return metrics | session.update(rollout)
 
 
 if __name__ == "__main__":

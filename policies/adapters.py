@@ -89,6 +89,11 @@ def merged(transformer: Any) -> Any:
     return plain
 
 
+def _identity(transformer: Any) -> bool:
+    """Whether adapters change nothing: the second factor of each is zero."""
+    return not any(bool(p.any()) for name, p in transformer.named_parameters() if ".lora_B." in name)
+
+
 def _ends(name: str, target: str) -> bool:
     """Whether a layer is meant by a target, by the rule of peft."""
     return name == target or name.endswith("." + target)
@@ -97,8 +102,9 @@ def _ends(name: str, target: str) -> bool:
 class ReferencePolicy:
     """The policy as it was before training, for a KL term.
 
-    With adapters it is the same network with the adapters switched off; otherwise a frozen copy, so make it
-    before the first update and before a checkpoint is loaded.
+    Where adapters are still the identity it is the same network with them switched off. Otherwise (no adapters, or
+    those of a checkpoint that the run starts from) a frozen copy, so make it before the first update and before a run
+    is resumed.
 
     Args:
         actor: the policy; its `transformer` must not be wrapped yet.
@@ -107,7 +113,7 @@ class ReferencePolicy:
 
     def __init__(self, actor: Actor, adaptation: Adaptation) -> None:
         self._actor = actor
-        self._shares = adaptation.kind == "lora"
+        self._shares = adaptation.kind == "lora" and _identity(actor.transformer)
         self._network: Any = actor.transformer
         if not self._shares:
             self._network = deepcopy(actor.transformer).requires_grad_(False).eval()
@@ -129,6 +135,6 @@ class ReferencePolicy:
             return
         self._network.disable_adapters()
         try:
-            yield self._network
+            yield self._actor.transformer  # by now maybe a wrapper of the network
         finally:
             self._network.enable_adapters()

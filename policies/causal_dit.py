@@ -7,7 +7,6 @@ Cached and parallel give the same velocities up to rounding.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import wraps
 from pathlib import Path
 from typing import Any, ClassVar
@@ -45,7 +44,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
     Attributes:
         image_frames: which frames of a parallel or cached pass see the image tokens: `all`, as diffusers' pipelines do,
             `first` (the frame that the image is of; later ones see none, AR-Drag section 3.2) or `none`.
-        mixed: compute in bfloat16 under autocast, whatever the weights are kept in.
+        autocast_dtype: arithmetic of a pass, by autocast, whatever the weights are kept in; None: that of the weights.
         given_first: frames under mask 1 are the reference image itself, not generated (`policies/first_frame.py`).
 
     Raises:
@@ -53,7 +52,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
     """
 
     image_frames: str = "all"
-    mixed: bool = False
+    autocast_dtype: torch.dtype | None = None
     given_first: ClassVar[bool] = False
 
     # diffusers reads the configuration's keys from this signature.
@@ -73,7 +72,11 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             "parallel": self._parallel,
             "cached": self._cached,
         }
-        with torch.autocast(self.device.type, torch.bfloat16) if self.mixed else nullcontext():
+        if self.autocast_dtype is None:
+            return passes[mode](*args, **kwargs)
+        # Without autocast's cache: a weight that is cast in the pass over the history, which has no gradient, would
+        # keep its gradient from the pass over the present.
+        with torch.autocast(self.device.type, self.autocast_dtype, cache_enabled=False):
             return passes[mode](*args, **kwargs)
 
     @property
@@ -84,7 +87,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
     @property
     def compute_dtype(self) -> torch.dtype:
         """In which velocities are computed, and to which they are rounded."""
-        return torch.bfloat16 if self.mixed else self.dtype
+        return self.autocast_dtype or self.dtype
 
     @property
     def frame_channels(self) -> int:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TypeVar
 
 import torch
@@ -38,14 +38,19 @@ class EMA:
             self.shadow[name].lerp_(parameter.float(), 1 - self.decay)
 
     @contextmanager
-    def swap(self) -> Iterator[None]:
-        """Put the averaged weights into the module for a `with` block; undone bit for bit after it."""
-        kept = {name: p.detach().clone() for name, p in self._parameters.items()}
-        try:
+    def swap(self, writable: Callable[[], AbstractContextManager[None]] = nullcontext) -> Iterator[None]:
+        """Put the averaged weights into the module for a `with` block; undone bit for bit after it.
+
+        `writable` is the context in which the weights are whole and may be written, where they are split.
+        """
+        with writable():
+            kept = {name: p.detach().clone() for name, p in self._parameters.items()}
             self._write(self.shadow)
+        try:
             yield
         finally:
-            self._write(kept)
+            with writable():
+                self._write(kept)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the shadow by parameter name."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from runtime.settings import Alarms
 
-SIGN, ALARM = "signs/", "alarm/"
+SIGN, ALARM, SKIPPED = "signs/", "alarm/", "skipped/"
 WORDS = {"edges": "edges", "motion": "motion", "diversity": "diversity inside a group"}  # signs in the videos
 OTHERS = {"kl": "KL", "pairs": "updates without a pair of samples (lower algorithm.margin, or set margin_in=spread)"}
 

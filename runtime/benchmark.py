@@ -106,11 +106,11 @@ def _timed(actor: Actor, episodes: Episodes, clip: Any) -> dict[str, float]:
     )
     latents, done = chain.latents[:, :, -1], clock()
     first_chunk = marks[steps - 1]
-    with episodes.networks.video.decode_stream() as stream:
-        shown = stream(latents[:, 0]).shape[2]
-        one = clock()
-        for m in range(1, frames):
-            shown += stream(latents[:, m]).shape[2]
+    stream = episodes.networks.video.decode_stream()
+    shown = stream(latents[:, 0]).shape[2]
+    one = clock()
+    for m in range(1, frames):
+        shown += stream(latents[:, m]).shape[2]
     whole = clock()
     chunk = min(actor.causality.chunk, frames)
     early = 1 + 4 * (chunk - 1)

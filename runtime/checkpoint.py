@@ -15,12 +15,15 @@ import platform
 import shutil
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtime.identity import differences, identity
+from runtime.team import Team
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,49 +52,127 @@ class Snapshot:
     counters: dict[str, Any] = field(default_factory=dict)
 
 
-def save(run_dir: Path, snapshot: Snapshot, keep: int) -> Path:
-    """Write `run_dir/checkpoints/step_<step>` and drop all but the newest `keep` complete checkpoints.
+def folder_of(run_dir: Path, step: int) -> Path:
+    """Folder of the checkpoint after `step` updates."""
+    return run_dir / FOLDER / f"step_{step:06d}"
+
+
+def save(run_dir: Path, snapshot: Snapshot, keep: int, best: int = 0) -> Path:
+    """Write `run_dir/checkpoints/step_<step>` and drop all but the newest `keep` complete checkpoints, and `best`.
 
     Returns:
         The folder.
     """
-    from safetensors.torch import save_file
-
-    folder = run_dir / FOLDER / f"step_{snapshot.step:06d}"
-    if (folder / MANIFEST).is_file():  # the same step of the same run is the same checkpoint
-        return folder
-    if folder.exists():
-        _remove(folder)
-    folder.mkdir(parents=True)
-    for name, tensors in snapshot.tensors.items():
-        save_file(
-            {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()},
-            folder / f"{name}.safetensors",
-        )
-    state = {
-        "step": snapshot.step,
-        "counters": snapshot.counters,
-        "config": snapshot.config,
-        "versions": versions(),
-    }
-    (folder / STATE).write_text(json.dumps(state, indent=1))
-    files = sorted(p for p in folder.iterdir())
-    for path in files:
-        _sync(path)
-    replace_text(folder / MANIFEST, json.dumps({p.name: sha256(p) for p in files}, indent=1))
-    _sync(folder)
-    _sync(folder.parent)
-    for old in complete_steps(run_dir)[:-keep]:
-        _remove(run_dir / FOLDER / f"step_{old:06d}")
+    folder = write(folder_of(run_dir, snapshot.step), snapshot)
+    prune(run_dir, keep, best)
     return folder
 
 
-def load(folder: Path) -> Snapshot:
+def write(
+    folder: Path, snapshot: Snapshot, team: Team | None = None, own: Mapping[str, Mapping[str, Tensor]] | None = None
+) -> Path:
+    """Write a checkpoint; where the folder holds it already, nothing.
+
+    Args:
+        folder: its name ends with the step.
+        snapshot: the same in all processes; the first writes it.
+        team: processes that call this together.
+        own: tensors of this process alone, written as `<name>_rank<rank>.safetensors`.
+
+    Raises:
+        OSError: a process could not write its part. What was written is removed.
+    """
+    team = team or Team()
+    if team.share((folder / MANIFEST).is_file()):  # the same step of the same run is the same checkpoint
+        return folder
+    phases = (partial(_make, folder, team), partial(_write_part, folder, snapshot, team, own or {}),
+              partial(_commit, folder, team))  # fmt: skip
+    for phase in phases:
+        failed = [error for error in team.collect(phase()) if error]
+        if failed:
+            if team.main:
+                with suppress(OSError):
+                    _remove(folder)
+            raise OSError(failed[0])
+    return folder
+
+
+def _make(folder: Path, team: Team) -> str:
+    """Make an empty folder; returns what went wrong."""
+    try:
+        if team.main and folder.exists():
+            _remove(folder)
+        if team.main:
+            folder.mkdir(parents=True)
+    except OSError as error:
+        return str(error)
+    return ""
+
+
+def _write_part(folder: Path, snapshot: Snapshot, team: Team, own: Mapping[str, Mapping[str, Tensor]]) -> str:
+    """Write and sync this process's files; returns what went wrong."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    files = {f"{name}_rank{team.rank:04d}": tensors for name, tensors in own.items()}
+    if team.main:
+        files |= snapshot.tensors
+    try:
+        for name, tensors in files.items():
+            path = folder / f"{name}.safetensors"
+            save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, path)
+            _sync(path)
+        if team.main:
+            state = {
+                "step": snapshot.step,
+                "counters": snapshot.counters,
+                "config": snapshot.config,
+                "versions": versions(),
+            }
+            (folder / STATE).write_text(json.dumps(state, indent=1))
+            _sync(folder / STATE)
+    except (OSError, SafetensorError) as error:
+        return str(error) or type(error).__name__
+    return ""
+
+
+def _commit(folder: Path, team: Team) -> str:
+    """Write the manifest, which makes the folder a checkpoint; returns what went wrong."""
+    if not team.main:
+        return ""
+    try:
+        files = sorted(p for p in folder.iterdir())
+        replace_text(folder / MANIFEST, json.dumps({p.name: sha256(p) for p in files}, indent=1))
+        _sync(folder)
+        _sync(folder.parent)
+    except OSError as error:
+        return str(error)
+    return ""
+
+
+def prune(run_dir: Path, keep: int, best: int = 0) -> None:
+    """Drop all but the newest `keep` complete checkpoints and that of step `best` (0: none), and debris older than
+    the newest.
+    """
+    steps = complete_steps(run_dir)
+    kept = {*steps[-keep:], best}
+    newest = steps[-1] if steps else 0
+    for folder in (run_dir / FOLDER).glob("step_*"):
+        number = folder.name[5:]
+        if number.isdigit() and int(number) not in kept and int(number) <= newest:
+            _remove(folder)
+
+
+def load(folder: Path, rank: int | None = None) -> Snapshot:
     """Read a checkpoint after verifying the hash of every file.
+
+    Args:
+        folder: of the checkpoint.
+        rank: put the tensors of this process under their plain name; None: leave out those of single processes.
 
     Raises:
         FileNotFoundError: no complete checkpoint there.
-        ValueError: a file does not fit its hash.
+        ValueError: a file does not fit its hash, or the folder's name its step.
     """
     from safetensors.torch import load_file
 
@@ -101,8 +182,12 @@ def load(folder: Path) -> Snapshot:
         raise ValueError(
             f"checkpoint {folder}: {', '.join(broken)} missing or changed since written; use another checkpoint"
         )
-    names = json.loads((folder / MANIFEST).read_text())
-    tensors = {Path(n).stem: load_file(folder / n) for n in names if n.endswith(".safetensors")}
+    names = sorted(n for n in json.loads((folder / MANIFEST).read_text()) if n.endswith(".safetensors"))
+    tensors = {}
+    for name in names:
+        stem, own, number = Path(name).stem.partition("_rank")
+        if not own or (rank is not None and int(number) == rank):
+            tensors[stem] = load_file(folder / name)
     return Snapshot(state["step"], state["config"], tensors, state["counters"])
 
 
@@ -215,13 +300,18 @@ def sha256(path: Path) -> str:
 
 
 def _broken(folder: Path) -> list[str]:
+    """Files that are missing or changed, or what else is wrong; empty: a whole checkpoint."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-    except (FileNotFoundError, ValueError):
+        names = {str(name): str(digest) for name, digest in manifest.items()}
+    except (FileNotFoundError, ValueError, AttributeError):
         return [MANIFEST]
-    return [
-        name for name, digest in manifest.items() if not (folder / name).is_file() or sha256(folder / name) != digest
-    ]
+    odd = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
+    odd = odd or [name for name, digest in names.items() if sha256(folder / name) != digest]
+    if odd or STATE not in names:
+        return odd or [STATE]
+    step = json.loads((folder / STATE).read_text())["step"]
+    return [] if folder.name.rpartition("_")[2] == f"{step:06d}" else [f"its name: it holds step {step}, which"]
 
 
 def _remove(folder: Path) -> None:

@@ -168,6 +168,8 @@ def _arguments() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--help", "-h", action="store_true")
     parser.add_argument("--config-dir", "-cd")
+    # The deepspeed launcher names the process's GPU; the environment says the same.
+    sys.argv = [sys.argv[0], *(text for text in sys.argv[1:] if not text.startswith("--local_rank="))]
     options, rest = parser.parse_known_args()
     return options, [text for text in rest if not text.startswith("-")]
 

@@ -37,15 +37,21 @@ class Episodes:
     schedule: Schedule
     device: str
 
-    def training(self, seed: int, iteration: int) -> tuple[TensorDict, ClipBatch]:
-        """Start of a training iteration: P clips of one size, each G times, `[B]`, and the clips, repeated likewise."""
+    def training(self, seed: int, iteration: int, rank: int = 0, ranks: int = 1) -> tuple[TensorDict, ClipBatch]:
+        """Start of a training iteration: P clips of one size, each G times, `[B]`, and the clips, repeated likewise.
+
+        Of several processes each gets P / ranks of the clips, by their number; whatever is drawn for a clip depends on
+        its number alone.
+        """
         rng = generator(Stream.DATA, seed, iteration)
         bucket = self.world.buckets[int(rng.integers(len(self.world.buckets)))]
         size = self.world.size("train") or ENDLESS
         # Clips of one iteration differ from each other unless there are too few.
         indices = rng.choice(size, self.rollout.prompts, replace=size < self.rollout.prompts)
-        clips = self.world.batch("train", [int(i) for i in indices], bucket)
-        return self.begin(clips, self.rollout.group_size, seed, iteration)
+        share = self.rollout.prompts // ranks
+        mine = indices[rank * share : (rank + 1) * share]
+        clips = self.world.batch("train", [int(i) for i in mine], bucket)
+        return self.begin(clips, self.rollout.group_size, seed, iteration, first_prompt=rank * share)
 
     def begin(
         self, clips: ClipBatch, group_size: int, seed: int, iteration: int, first_prompt: int = 0

@@ -8,7 +8,10 @@ from typing import Any
 BEGUN = "training/begun.json"
 
 # Keys that say where and how long a run goes, not what it computes: a resumed run may change them.
-VOLATILE = ("run_dir", "resume", "updates", "saving", "evaluation.every", "logger", "device", "alarms")
+VOLATILE = ("run_dir", "resume", "updates", "saving", "evaluation.every", "logger", "device", "alarms", "guard")
+
+# Keys that older configs do not have, and what runs did then: with these values they make no difference.
+ADDED = {"engine.accumulation": 1, "engine.precision": "fp32", "engine.activation_checkpointing": False}
 
 
 def identity(config: dict[str, Any]) -> dict[str, Any]:
@@ -17,7 +20,11 @@ def identity(config: dict[str, Any]) -> dict[str, Any]:
     """
     flat = flatten(config)
     volatile = [v for v in VOLATILE if not (v == "updates" and flat.get("optimizer.decay"))]
-    return {k: v for k, v in flat.items() if not any(k == v or k.startswith(f"{v}.") for v in volatile)}
+    return {
+        key: value
+        for key, value in flat.items()
+        if not any(key == v or key.startswith(f"{v}.") for v in volatile) and not (key in ADDED and value == ADDED[key])
+    }
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

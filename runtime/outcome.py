@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
+from safetensors import SafetensorError
 
 from runtime import runlog, verdict
 from runtime.checkpoint import versions
 from runtime.evaluation import Sample, found_by, measure, motion_errors
 from runtime.hardware import processor
 from runtime.plan import schedule_picture
+from runtime.settings import BETTER
 from tracking.trackers import Tracks
 
 if TYPE_CHECKING:
@@ -38,18 +40,20 @@ class Outcome:
 
     def __init__(self, session: Session, log: RunLog, progress: Progress) -> None:
         self.session, self.log, self.progress = session, log, progress
-        self.began = time.time()
+        self.began, self.failed = time.time(), False
         self.path = session.run_dir / RESULT
         self.curve: list[dict[str, float]] = []
         self.errors: dict[str, list[float | None]] = {}  # update: motion error of each clip
-        if session.iteration and self.path.is_file():
-            found = json.loads(self.path.read_text())
+        found = json.loads(self.path.read_text()) if session.iteration and self.path.is_file() else None
+        found = session.team.share(found)
+        if found is not None:
             self.curve = [row for row in found["curve"] if row["update"] <= session.iteration]
             kept = {str(row["update"]) for row in self.curve}
             self.errors = {key: row for key, row in found.get("clip_errors_px", {}).items() if key in kept}
         self.logged = {row["step"] for row in runlog.read(session.run_dir) if f"eval/{verdict.METRIC}" in row}
         self.truth = measure(session.truth, session.truth, session.judge)
-        self._write_inputs()
+        self._choose_best()
+        self._attempt(self._write_inputs)
 
     def begin(self) -> None:
         """Measure the weights that the run started from, unless that is done."""
@@ -63,12 +67,33 @@ class Outcome:
         if not self._done(self.session.iteration):
             self.progress.phase("evaluation")
             self._record(self.session.iteration, *self.session.evaluate())
+            if self._choose_best() == self.session.iteration:
+                self.session.save()
 
     def _done(self, update: int) -> bool:
         """Whether an update has been measured and, where the report shows it, its samples are there."""
         shown = update == 0 or update >= self.session.settings.updates
         samples = [self._samples(update, size).is_file() for size in range(len(self.session.truth))] if shown else []
-        return any(row["update"] == update for row in self.curve) and str(update) in self.errors and all(samples)
+        done = any(row["update"] == update for row in self.curve) and str(update) in self.errors and all(samples)
+        return self.session.team.share(done)
+
+    def _choose_best(self) -> int:
+        """Tell the session which update's checkpoint is the best so far (0: none); see `Saving.best`."""
+        metric = self.session.settings.saving.best
+        rows = [row for row in self.curve if row["update"] > 0 and metric is not None and math.isfinite(row[metric])]
+        if rows and metric is not None:
+            self.session.best = int(max(rows, key=lambda row: BETTER[metric] * row[metric])["update"])
+        return self.session.best
+
+    def _attempt(self, action: Callable[[], None]) -> None:
+        """Write something, in the first process; where that fails say so the first time and go on."""
+        try:
+            if self.session.team.main:
+                action()
+        except (OSError, SafetensorError) as error:
+            if not self.failed:
+                self.progress.notice(f"results cannot be written ({error}); the run goes on without them")
+            self.failed = True
 
     def _record(self, update: int, metrics: dict[str, float], samples: list[Sample]) -> None:
         others = [row for row in self.curve if row["update"] != update]
@@ -83,25 +108,30 @@ class Outcome:
             + f"px, aesthetic {metrics['aesthetic']:.3f}, Frechet {metrics['frechet']:.4f} "
             f"({self.session.settings.evaluation.clips} held-out clips)"
         )
-        self._keep(samples, update)
-        self._write()
+        self._attempt(lambda: self._keep(samples, update))
+        self._attempt(self._write)
 
     def finish(self) -> str:
         """Draw curves and report; return the closing words."""
-        from runtime import curves, report
-
         run_dir = self.session.run_dir
         if self.session.iteration < self.session.settings.updates:
             return f"stopped after update {self.session.iteration}; go on with: run_dir={run_dir} resume=true"
+        self._attempt(self._draw)
+        return f"{closing(self._result())}\nreport: {run_dir / 'report.html'}"
+
+    def _draw(self) -> None:
+        """Curves, videos and report of a run that is done."""
+        from runtime import curves, report
+
+        run_dir = self.session.run_dir
         curves.plot(run_dir / "metrics.jsonl", run_dir / "curves.png")
         ends = (("before", self.curve[0]), ("after", self.curve[-1]))
         sizes = range(len(self.session.truth))
         kept = [(name, [self._kept(int(row["update"]), size) for size in sizes]) for name, row in ends]
         draw_samples(run_dir / "videos", [("true clip", self.session.truth), *kept])
         self._write_environment()
-        page = report.write(run_dir)
+        report.write(run_dir)
         self.log.results(run_dir)
-        return f"{closing(self._result())}\nreport: {page}"
 
     def _samples(self, update: int, size: int) -> Path:
         return Path(self.session.run_dir) / "samples" / f"{update:06d}_{size}.safetensors"
@@ -123,16 +153,16 @@ class Outcome:
         from safetensors.torch import save_file
 
         folder = self.session.run_dir / "samples"
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         for path in folder.glob("*.safetensors"):
             if not path.name.startswith(f"{0:06d}_"):
                 path.unlink()
         per_size = -(-SHOWN // len(samples))
         for i, s in enumerate(samples):
-            save_file(
-                {"video": s.video[:per_size].contiguous(), "tracks": s.tracks.xy[:per_size].contiguous()},
-                self._samples(update, i),
-            )
+            path = self._samples(update, i)
+            shown = {"video": s.video[:per_size].contiguous(), "tracks": s.tracks.xy[:per_size].contiguous()}
+            save_file(shown, path.with_suffix(".tmp"))
+            path.with_suffix(".tmp").replace(path)  # whole, or not there
 
     def _write(self) -> None:
         temporary = self.path.with_suffix(".tmp")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import os
 import time
 from collections.abc import Mapping
 from types import TracebackType
@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 from rich.text import Text
 
-from runtime.alarms import sentences
+from runtime.alarms import SKIPPED, sentences
 
 TERMS = "reward_terms/"
 
@@ -24,12 +24,13 @@ class Progress:
     `started` is the `time.monotonic()` from which the first steps are counted; none: now.
 
     Shows `reward`, its terms (`reward_terms/<name>`), pixel errors (`...error_px`), `kl`, `clip_fraction`,
-    groups dropped and gradients that are not finite where there are any, seconds per phase and the time left. Use as a
+    groups dropped and updates left out where there are any, seconds per phase and the time left. Use as a
     context manager.
     """
 
     def __init__(self, total: int, done: int = 0, console: Console | None = None, started: float | None = None) -> None:
-        self.console = console or Console(stderr=True)
+        # Of several processes one talks.
+        self.console = console or Console(stderr=True, quiet=int(os.environ.get("RANK", "0")) > 0)
         self.total, self.done, self._start = total, done, done
         self._began = time.monotonic()
         self._started = self._began if started is None else started
@@ -98,6 +99,10 @@ class Progress:
         """Print a line that stays, above the bar."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
+    def notice(self, text: str) -> None:
+        """Print a line about something that went wrong and did not end the run."""
+        self.note(f"notice: {text}")
+
     def left(self) -> str:
         """Time left at the pace so far, as h:mm:ss."""
         made = self.done - self._start
@@ -116,9 +121,9 @@ def summary(metrics: Mapping[str, float], seconds: Mapping[str, float]) -> str:
         for name, label in (("kl", "kl"), ("clip_fraction", "clipped"))
         if name in metrics
     ]
-    dropped, norm = metrics.get("groups_dropped", 0), metrics.get("grad_norm", 0.0)
+    dropped = metrics.get("groups_dropped", 0)
     parts += [f"dropped {dropped:.0f} group{'' if dropped == 1 else 's'}"] if dropped else []
-    parts += [] if math.isfinite(norm) else [f"gradient norm {norm}: step left out"]
+    parts += [f"LEFT OUT: {name.removeprefix(SKIPPED)} not finite" for name in metrics if name.startswith(SKIPPED)]
     alarms = sentences(metrics)
     parts += [f"ALARM {', '.join(alarms)}"] if alarms else []
     phases = " ".join(f"{name} {value:.1f}" for name, value in seconds.items())

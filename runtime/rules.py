@@ -14,6 +14,7 @@ from data.pairs import read_pairs
 from runtime.checkpoint import complete_steps, read_state
 from runtime.identity import BEGUN
 from runtime.settings import Settings, require
+from runtime.team import ranks
 
 # Most latent frames of a schedule's dry run.
 _DRY_FRAMES = 1024
@@ -28,7 +29,7 @@ def check(settings: Settings) -> None:
     """
     rl, stages = (groups, minibatches, stochasticity, alarms, precision), (step1, preferences)
     learning = rl if settings.stage is None else stages
-    for rule in (*learning, trackers, scorers, frames, clips, run_folder):
+    for rule in (*learning, engines, trackers, scorers, frames, clips, run_folder):
         rule(settings)
 
 
@@ -118,6 +119,24 @@ def alarms(settings: Settings) -> None:
         f"alarms.kl={limit}: a run without algorithm.kl_weight does not measure the KL; set it, such as "
         f"algorithm.kl_weight=0.001, or take the alarm out",
     )
+
+
+def engines(settings: Settings) -> None:
+    """The engine is installed; groups are whole in every process; step 1 has loops of its own."""
+    engine, processes, prompts = settings.engine, ranks(), settings.rollout.prompts
+    engine.check()
+    require(
+        prompts % processes == 0,
+        f"rollout.prompts={prompts} cannot be split over {processes} processes; make it a multiple of {processes}",
+    )
+    if settings.stage is not None:
+        changed = [f for f in dataclasses.fields(engine) if getattr(engine, f.name) != f.default]
+        unused = [f"engine.{f.name}={getattr(engine, f.name)}" for f in changed if f.name != "threads"]
+        require(
+            not engine.distributed and processes == 1 and not unused,
+            f"this experiment runs in one process, with the plain engine alone; drop {', '.join(unused) or 'engine'}"
+            + (f", and start it without a launcher ({processes} processes)" if processes > 1 else ""),
+        )
 
 
 def trackers(settings: Settings) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any, Protocol
 
 FILE = "metrics.jsonl"
 WANDB_ID = "wandb_id"
+# Seconds that the end of a run waits for wandb: less than launchers wait after SIGTERM.
+PATIENCE = 20.0
 
 
 class RunLog(Protocol):
@@ -32,7 +35,10 @@ class RunLog(Protocol):
 
 
 class JsonLines:
-    """One JSON object per line, flushed at once; append only.
+    """One JSON object per line, flushed at once.
+
+    Where the file cannot be written (a full disk, a folder that has gone) the rows wait in memory, with one notice, and
+    the whole file is written again as soon as it can be: no row is lost while the run lives.
 
     Args:
         run_dir: folder of the run; the file is `metrics.jsonl` in it.
@@ -42,25 +48,55 @@ class JsonLines:
 
     def __init__(self, run_dir: Path, step: int = 0) -> None:
         self.path = run_dir / FILE
-        run_dir.mkdir(parents=True, exist_ok=True)
-        kept = "".join(json.dumps(row) + "\n" for row in read(run_dir) if step > 0 and row["step"] <= step)
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(kept)
-        os.replace(temporary, self.path)
-        self.file = self.path.open("a")
+        self.lines = [json.dumps(row) + "\n" for row in read(run_dir) if step > 0 and row["step"] <= step]
+        self.whole = self.failed = False
+        self._write()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append `{"step": step, ...}`. Numbers that are not finite are written as text: JSON has none."""
         row = {name: value if math.isfinite(value) else str(value) for name, value in metrics.items()}
-        self.file.write(json.dumps({"step": step, **row}) + "\n")
-        self.file.flush()
+        self.lines.append(json.dumps({"step": step, **row}) + "\n")
+        self._write()
 
     def results(self, run_dir: Path) -> None:
         """Nothing: they lie beside the file."""
 
     def close(self) -> None:
-        """Close the file."""
-        self.file.close()
+        """Try once more to write what could not be written."""
+        if not self.whole:
+            self._write()
+
+    def _write(self) -> None:
+        """Bring the file up to date: the last line where the others are there, else all of them."""
+        try:
+            if self.whole and self.path.is_file():
+                self.whole = False
+                with self.path.open("a") as file:
+                    file.write(self.lines[-1])
+            else:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                temporary = self.path.with_suffix(".tmp")
+                temporary.write_text("".join(self.lines))
+                os.replace(temporary, self.path)
+            self.whole = True
+        except OSError as error:
+            self.whole = False
+            if not self.failed:
+                _notice(f"{self.path} cannot be written ({error}); metrics are kept in memory until it can be")
+            self.failed = True
+
+
+class Silent:
+    """Takes nothing: of several processes one logs."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def results(self, run_dir: Path) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
 
 
 class WandbLog:
@@ -97,8 +133,12 @@ class WandbLog:
         self._attempt(lambda: self.run.log(_media(run_dir)))
 
     def close(self) -> None:
-        """Finish the run."""
-        self._attempt(self.run.finish)
+        """Finish the run; an upload that does not end within `PATIENCE` seconds is left to `wandb sync`."""
+        work = threading.Thread(target=self._attempt, args=(self.run.finish,), daemon=True)
+        work.start()
+        work.join(PATIENCE)
+        if work.is_alive():
+            _notice(f"wandb does not answer; {FILE} has every metric, `wandb sync` uploads the rest")
 
     def _attempt(self, action: Callable[[], object]) -> None:
         """Do it; where wandb fails, say so the first time."""

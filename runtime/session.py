@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -25,11 +27,15 @@ from policies.ema import EMA
 from policies.sampler import sample_rollout
 from rewards.base import RewardContext
 from rewards.composite import Composite, metrics_of
-from runtime import checkpoint
+from runtime import checkpoint, guard, state
 from runtime.alarms import SIGN
 from runtime.episodes import Episodes, fixed_clips
 from runtime.evaluation import Judge, Sample, divergence, follow, measure, sample
+from runtime.guard import NonFinite, Watchdog
+from runtime.learner import GAP, Learner
 from runtime.settings import Settings
+from runtime.signals import StopFlag
+from runtime.team import ranks
 
 # Acting and re-scoring are the same computation batched differently: what is left is rounding.
 LARGEST_GAP = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -40,39 +46,37 @@ class Session:
 
     An iteration follows from (weights, optimizer, iteration number, seed) alone.
 
+    Args:
+        settings: the experiment.
+        config: the same as plain containers.
+        stop: asked between steps; see `StopFlag`.
+
     Raises:
         ValueError, FileNotFoundError: models, clips or checkpoint cannot be used; one line.
     """
 
-    def __init__(self, settings: Settings, config: dict[str, Any]) -> None:
+    def __init__(self, settings: Settings, config: dict[str, Any], stop: StopFlag | None = None) -> None:
         self.settings, self.config = settings, config
-        assert settings.run_dir is not None
-        self.run_dir = Path(settings.run_dir)
         self.device = device_of(settings.device)
-        settings.engine.setup()
+        self.team = settings.engine.join(self.device)
+        self.stop = stop or StopFlag()
+        self.stop.team = self.team
+        self.run_dir = Path(self.team.share(str(settings.run_dir)))
         networks = settings.model.load(self.device)
         r = settings.rollout
         causality = Causality(r.chunk, r.window, r.sink, r.history_gradient)
         self.episodes = Episodes(settings.world, networks, r, settings.schedule, self.device)
         # Before the reference is made: the KL is to the policy that this run starts from.
-        self._adapt(networks.transformer)
+        state.adapt(settings, networks.transformer)
+        settings.engine.shape(networks.transformer)
         self.actor = Actor(networks.transformer, settings.transition, causality)
         self.parameters = [p for p in networks.transformer.parameters() if p.requires_grad]
-        algorithm = settings.algorithm
-        compares = algorithm.kl_weight > 0 or algorithm.needs_reference
-        reference = ReferencePolicy(self.actor, settings.adaptation) if compares else None
-        self.loss_module = algorithm.loss_module(self.actor, reference)
-        self.critic: nn.Module | None = getattr(self.loss_module, "critic", None)
-        self.ema = EMA(networks.transformer, settings.optimizer.ema) if settings.optimizer.ema > 0 else None
+        self._make_learner()
         self.rewards = Composite(terms=settings.reward, **asdict(settings.scoring))
         self.rewards.prepare(RewardContext(self.device, settings.tracker, settings.model.folder))
-        o = settings.optimizer
-        groups: list[dict[str, Any]] = [{"params": self.parameters, "initial_lr": o.lr}]
-        if self.critic is not None:
-            groups.append({"params": list(self.critic.parameters()), "initial_lr": algorithm.critic_lr})
-        self.optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=(o.betas[0], o.betas[1]), weight_decay=o.weight_decay)
         self.collector = RolloutCollector(self.actor, self._next_start)
         self.on_step: Callable[[int, int], None] = lambda frame, frames: None
+        self.notice: Callable[[str], None] = lambda text: print(f"notice: {text}", file=sys.stderr)
         self.actor.register_forward_hook(
             lambda actor, args, state: self._report(int(args[0]["frame"][0]), settings.rollout.frames)
         )
@@ -80,37 +84,88 @@ class Session:
         self.judge = Judge(e.tracker, e.scorer, settings.model.folder, self.device, e.extractor)
         clips = fixed_clips(settings.world, e.split, e.clips)
         self.truth = [follow(batch.video, batch, self.judge) for batch in clips]
-        self.iteration = 0
         self._clips: ClipBatch
+        self.held_video: Tensor | None = None
+        self._rollout: TensorDictBase | None = None
+
+    def _make_learner(self) -> None:
+        """Loss, critic, averaged weights and optimizer; a resumed run's state in them."""
+        settings, algorithm, network = self.settings, self.settings.algorithm, self.episodes.networks.transformer
+        compares = algorithm.kl_weight > 0 or algorithm.needs_reference
+        reference = ReferencePolicy(self.actor, settings.adaptation) if compares else None
+        self.loss_module = algorithm.loss_module(self.actor, reference)
+        self.critic: nn.Module | None = getattr(self.loss_module, "critic", None)
+        state.adopt_critic(settings, self.critic)
+        self.ema = EMA(network, settings.optimizer.ema) if settings.optimizer.ema > 0 else None
+        self.iteration, self.best, self.unsaved = 0, 0, False
+        self.watchdog = Watchdog(settings.guard)
+        self.moments: dict[str, Tensor] | None = None
         if settings.resume:
-            self._resume()
+            state.resume(self)
+        critic_lr = getattr(algorithm, "critic_lr", 0.0)
+        self.trainer = settings.engine.trainer(network, self.critic, settings.optimizer, critic_lr, self.team)
+        self.actor.transformer = self.trainer.network
+        if self.moments is not None:
+            self.trainer.restore(self.moments)
+            self.moments = None
+        block = settings.rollout.group_size if algorithm.whole_groups else 1
+        parts, gap = settings.engine.accumulation, LARGEST_GAP[network.compute_dtype]
+        self.learner = Learner(self.loss_module, self.trainer, self.team, parts, block, gap)
 
     def rollout(self) -> TensorDictBase:
-        """Act: one rollout of this iteration's clips."""
+        """Act: one rollout of this iteration's clips.
+
+        Raises:
+            NonFinite: a latent or a log-prob is not finite.
+            Stopped: a stop was asked for.
+        """
+        self._rollout = self.held_video = None
         if self.actor.causality.chunk > 1:  # an environment takes one frame at a time
             actor = self.actor
             start = self._next_start()
-            return sample_rollout(actor.transformer, actor.transition, actor.causality, start, self._report)
-        self.actor.reset()
-        return self.collector.collect()
+            rollout = sample_rollout(actor.transformer, actor.transition, actor.causality, start, self._report)
+        else:
+            self.actor.reset()
+            rollout = self.collector.collect()
+        self._rollout = rollout
+        guard.check(self.team, "latent", rollout["latents"])
+        guard.check(self.team, "log_prob", rollout["log_prob"])
+        return rollout
 
     def decode(self, rollout: TensorDictBase) -> Tensor:
-        """Videos `[B, 3, T, H, W]` of a rollout."""
-        return self.episodes.networks.video.decode(rollout["latents"][:, :, -1])
+        """Videos `[B, 3, T, H, W]` of a rollout.
+
+        Raises:
+            NonFinite: a value is not finite.
+        """
+        self.stop.poll()
+        self.held_video = self.episodes.networks.video.decode(rollout["latents"][:, :, -1])
+        guard.check(self.team, "video", self.held_video)
+        return self.held_video
 
     def score(self, rollout: TensorDictBase, video: Tensor) -> dict[str, float]:
-        """Add reward terms, reward, validity and advantages to a rollout; return what to log."""
+        """Add reward terms, reward, validity and advantages to a rollout; return what to log.
+
+        Raises:
+            NonFinite: a reward or an advantage is not finite.
+        """
+        self.stop.poll()
         group = self.settings.rollout.group_size
         terms = self.rewards.evaluate(video, self._clips)
         rollout.update(self.rewards.add(terms, group))
-        metrics = self.settings.algorithm.prepare(rollout, group, self.settings.rollout.chunk)
+        whole = self.team.rows(rollout)
+        metrics = self.settings.algorithm.prepare(whole, group, self.settings.rollout.chunk)
+        self.team.own(whole, rollout)
+        guard.check(
+            self.team, "reward", torch.cat([whole[k].flatten(1) for k in ("reward", "advantage") if k in whole], 1)
+        )
         named = {f"reward_terms/{k}" if k in terms else k: v for k, v in metrics_of(terms).items()}
-        valid = rollout["valid"]
-        reward = float(rollout["reward"][valid].mean()) if bool(valid.any()) else float("nan")
-        share = rollout["stochastic"].float().mean((0, 1)).tolist()
+        valid = whole["valid"]
+        reward = float(whole["reward"][valid].mean()) if bool(valid.any()) else float("nan")
+        share = whole["stochastic"].float().mean((0, 1)).tolist()
         chosen = {f"stochastic/step_{n}": value for n, value in enumerate(share)}
         seen = {f"{SIGN}{name}": value for name, value in signs(video, group).items()}
-        return {"reward": reward, **named, **metrics, **chosen, **seen}
+        return {"reward": reward, **self.team.mean(named), **metrics, **chosen, **self.team.mean(seen)}
 
     def update(self, rollout: TensorDictBase) -> dict[str, float]:
         """Learn from a scored rollout; return means over its mini-batches.
@@ -118,41 +173,49 @@ class Session:
         A mini-batch in which no group is valid is left out; an update of such mini-batches alone returns nothing.
 
         Raises:
+            NonFinite: a loss or a gradient is not finite; the weights are those before its mini-batch.
             RuntimeError: re-scored log-probs differ from those of acting by more than rounding on the first mini-batch.
         """
-        algorithm, engine = self.settings.algorithm, self.settings.engine
-        rows: list[dict[str, float]] = []
-        for group in self.optimizer.param_groups:
+        self.stop.poll()
+        for group in self.trainer.groups():
             group["lr"] = group["initial_lr"] * self.settings.optimizer.share(self.iteration, self.settings.updates)
-        begun = self.loss_module.begin(rollout)
-        for epoch in range(algorithm.epochs):
+        self.loss_module.observe(rollout)
+        whole = self.team.rows(rollout)
+        begun = self.loss_module.settle(whole)
+        self.team.own(whole, rollout)
+        rows: list[dict[str, float]] = []
+        for epoch in range(self.settings.algorithm.epochs):
             for indices in self._minibatches(epoch):
-                if not rollout["mask"][indices].any():
-                    continue  # a step without gradient would still move the weights: AdamW has momentum
-                losses = self.loss_module(rollout[indices])
-                if not rows and "log_prob_gap" in losses:
-                    self._check_gap(float(losses["log_prob_gap"]))
-                engine.backward(sum(v for k, v in losses.items() if k.startswith("loss_")))
-                norm = engine.step(self.optimizer, self.settings.optimizer.grad_clip)
-                rows.append({**{k: float(v.detach()) for k, v in losses.items()}, "grad_norm": norm})
-        if self.ema is not None:
-            self.ema.update()
-        self.iteration += 1
+                row = self.learner.learn(rollout, whole, indices, first=not rows)
+                rows += [] if row is None else [row]
+        self._end_update()
+        self.watchdog.good()
         if not rows:
             return {}
         means = {k: sum(row[k] for row in rows) / len(rows) for k in rows[0]}
         # After the first mini-batch the weights have moved: only the first gap is rounding.
-        return {**begun, **means, **{k: v for k, v in rows[0].items() if k == "log_prob_gap"}}
+        return {**begun, **means, **{k: v for k, v in rows[0].items() if k == GAP}}
+
+    def skip(self, found: NonFinite) -> dict[str, float]:
+        """End an iteration in which something is not finite; returns what to log.
+
+        Raises:
+            FloatingPointError: the run is to stop.
+        """
+        metrics = self.watchdog.bad(self, found, self._rollout)
+        self._end_update()
+        return metrics
 
     def evaluate(self) -> tuple[dict[str, float], list[Sample]]:
         """Measure the policy (its averaged weights where there are some) on the held-out clips."""
-        with nullcontext() if self.ema is None else self.ema.swap():
+        with nullcontext() if self.ema is None else self.ema.swap(lambda: self.trainer.gathered(write=True)):
             return self._measure(self.actor)
 
     def evaluate_start(self) -> tuple[dict[str, float], list[Sample]]:
         """Measure the weights that this run started from; a run that was resumed loads them again."""
         transformer = self.settings.model.load_transformer(self.device)
-        self._adapt(transformer)
+        state.adapt(self.settings, transformer)
+        self.settings.engine.shape(transformer)
         return self._measure(Actor(transformer, self.settings.transition, self.actor.causality))
 
     def speed(self) -> dict[str, Any]:
@@ -167,19 +230,53 @@ class Session:
         initial = Actor(own, self.settings.transition, self.actor.causality)
         return divergence(self.actor, initial, self.episodes, [s.clips for s in self.truth])
 
-    def save(self) -> Path:
-        """Write a checkpoint of this iteration."""
-        transformer = self.episodes.networks.transformer
-        tensors = {
-            "weights": {k: v for k, v in transformer.named_parameters() if v.requires_grad},
-            "optimizer": checkpoint.optimizer_tensors(self.optimizer),
-        }
-        if self.ema is not None:
-            tensors["ema"] = self.ema.state_dict()
-        if self.critic is not None:
-            tensors["critic"] = self.critic.state_dict()
-        snapshot = checkpoint.Snapshot(self.iteration, self.config, tensors)
-        return checkpoint.save(self.run_dir, snapshot, self.settings.saving.keep)
+    def save(self, required: bool = False) -> None:
+        """Write a checkpoint of this iteration.
+
+        Where that fails (a full disk) the run goes on with a notice, tries again after every update (`unsaved`), and
+        the checkpoints that there are stay whole.
+
+        Args:
+            required: raise instead.
+
+        Raises:
+            OSError: it could not be written, and `required`.
+        """
+        folder = checkpoint.folder_of(self.run_dir, self.iteration)
+        try:
+            self.write(folder)
+            if self.team.main:
+                checkpoint.prune(self.run_dir, self.settings.saving.keep, self.best)
+            self.unsaved = False
+        except OSError as error:
+            text = f"{folder} could not be written ({error}); the checkpoints before it are whole"
+            if required:
+                raise OSError(f"{text}; free space, then go on with: run_dir={self.run_dir} resume=true") from error
+            if not self.unsaved:
+                self.notice(f"{text}; trying again after every update")
+            self.unsaved = True
+
+    def write(
+        self,
+        folder: Path,
+        own: dict[str, dict[str, Tensor]] | None = None,
+        counters: dict[str, Any] | None = None,
+        ema: bool = True,
+    ) -> Path:
+        """Write the state of this iteration, every process its part; returns the folder.
+
+        Args:
+            folder: a checkpoint's.
+            own: more tensors of this process.
+            counters: more counters.
+            ema: with the averaged weights.
+
+        Raises:
+            OSError: it could not be written, by any process; nothing of it is left.
+        """
+        common, mine = state.tensors_of(self, ema)
+        snapshot = checkpoint.Snapshot(self.iteration, self.config, common, {**state.notes(self), **(counters or {})})
+        return checkpoint.write(folder, snapshot, self.team, {**mine, **(own or {})})
 
     def synchronize(self) -> None:
         """Wait for the device, so that a phase's seconds are its own."""
@@ -194,11 +291,19 @@ class Session:
         return measure(samples, self.truth, self.judge), samples
 
     def _report(self, frame: int, frames: int) -> None:
+        self.stop.poll()
         self.on_step(frame, frames)
 
+    def _end_update(self) -> None:
+        if self.ema is not None:
+            with self.trainer.gathered():
+                self.ema.update()
+        self.iteration += 1
+
     def _next_start(self) -> TensorDictBase:
-        state, self._clips = self.episodes.training(self.settings.seed, self.iteration)
-        return state
+        team = self.team
+        start, self._clips = self.episodes.training(self.settings.seed, self.iteration, team.rank, team.size)
+        return start
 
     def _minibatches(self, epoch: int) -> list[Tensor]:
         r, algorithm = self.settings.rollout, self.settings.algorithm
@@ -209,68 +314,6 @@ class Session:
             blocks = blocks[torch.from_numpy(rng.permutation(len(blocks)))]
         return [part.flatten().to(self.device) for part in blocks.chunk(algorithm.minibatches)]
 
-    def _check_gap(self, gap: float) -> None:
-        largest = LARGEST_GAP[getattr(self.episodes.networks.transformer, "compute_dtype", torch.float32)]
-        if not gap <= largest:
-            raise RuntimeError(
-                f"re-scored log-probs differ from those of acting by {gap:.2e}, "
-                f"more than the {largest:.0e} of rounding: "
-                f"policy and environment disagree, nothing learned from this is right"
-            )
-
-    def _adapt(self, transformer: nn.Module) -> None:
-        """Choose what trains, starting from the weights of `settings.checkpoint` where there is one.
-
-        Its averaged weights are taken where it has some, for those are what its run evaluated. Weights of the network
-        itself fit any adaptation; adapters fit the one that made them.
-        """
-        adaptation, seed, path = self.settings.adaptation, self.settings.seed, self.settings.checkpoint
-        if path is None:
-            adaptation.apply(transformer, seed)
-            return
-        tensors = checkpoint.load(Path(path)).tensors
-        weights = tensors.get("ema", tensors["weights"])
-        if weights.keys() <= dict(transformer.named_parameters()).keys():
-            _copy(weights, transformer)
-            adaptation.apply(transformer, seed)
-        else:
-            adaptation.apply(transformer, seed)
-            _copy(weights, transformer)
-
-    def _resume(self) -> None:
-        newest = checkpoint.latest(self.run_dir)
-        if newest is None:
-            return
-        snapshot = checkpoint.load(newest)
-        checkpoint.refuse_mismatch(snapshot.config, self.config)
-        _copy(snapshot.tensors["weights"], self.episodes.networks.transformer)
-        checkpoint.restore_optimizer(self.optimizer, snapshot.tensors["optimizer"])
-        if self.ema is not None:
-            self.ema.load_state_dict(snapshot.tensors["ema"])
-        if self.critic is not None:
-            self.critic.load_state_dict(snapshot.tensors["critic"])
-        self.iteration = snapshot.step
-
-
-@torch.no_grad()
-def _copy(weights: dict[str, Tensor], network: nn.Module) -> None:
-    """Put some of a network's weights in place.
-
-    Raises:
-        ValueError: it has no weights of these names.
-    """
-    own = dict(network.named_parameters())
-    odd = sorted(weights.keys() - own.keys())
-    if odd:
-        raise ValueError(
-            f"the checkpoint has weights of adapters ({odd[0]} and {len(odd) - 1} more); use its adaptation"
-        )
-    for name, value in weights.items():
-        if value.shape != own[name].shape:
-            shapes = f"{tuple(value.shape)} and not {tuple(own[name].shape)}"
-            raise ValueError(f"the checkpoint's {name} is {shapes}; use its model and adaptation")
-        own[name].copy_(value)
-
 
 def device_of(name: str) -> str:
     """The device by its name.
@@ -279,7 +322,9 @@ def device_of(name: str) -> str:
         ValueError: this machine has no such device.
     """
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and ranks() > 1:  # one GPU of this machine for each of its processes
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     kind, _, index = name.partition(":")
     here = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[kind]
     if int(index or 0) >= here:

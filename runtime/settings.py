@@ -171,13 +171,43 @@ class Saving:
     Attributes:
         every: updates between checkpoints; the last update always writes one.
         keep: newest checkpoints that stay on disk.
+        best: metric of the evaluation whose best checkpoint stays as well, such as motion_error_px; none: no such one.
     """
 
     every: int
     keep: int
+    best: str | None = None
 
     def __post_init__(self) -> None:
         _at_least(self, "saving", 1, "every", "keep")
+        require(
+            self.best is None or self.best in BETTER,
+            f"saving.best must be one of {', '.join(BETTER)}, got {self.best!r}",
+        )
+
+
+# What of an evaluation says that one policy is better than another, and whether less (-1) or more (1) is better.
+BETTER = {"motion_error_px": -1, "motion_consistency": 1, "aesthetic": 1, "frechet": -1, "frechet_video": -1}
+
+
+@dataclass(frozen=True)
+class Guard:
+    """What happens where a latent, log-prob, video, reward, loss or gradient is not finite. It never reaches the
+    weights.
+
+    Attributes:
+        non_finite: `skip` leaves the update out, in all processes, and says so; `stop` ends the run.
+        patience: updates left out in a row after which the run ends all the same.
+        bundles: first bad updates of which everything is kept that `experiments/replay.py` needs; 0: none.
+    """
+
+    non_finite: Literal["skip", "stop"] = "skip"
+    patience: int = 5
+    bundles: int = 2
+
+    def __post_init__(self) -> None:
+        _at_least(self, "guard", 1, "patience")
+        _at_least(self, "guard", 0, "bundles")
 
 
 @dataclass(frozen=True)
@@ -227,6 +257,7 @@ class Settings:
         evaluation: how progress is measured.
         saving: when checkpoints are written.
         alarms: when a run warns that a reward may be cheated.
+        guard: what happens where a number is not finite.
         algorithm: how to learn from a scored rollout.
         model: the networks and their weights.
         adaptation: which weights are trained.
@@ -253,6 +284,7 @@ class Settings:
     evaluation: Evaluation
     saving: Saving
     alarms: Alarms
+    guard: Guard
     algorithm: Component
     model: Component
     adaptation: Component

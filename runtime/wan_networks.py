@@ -37,7 +37,8 @@ def load_transformer(model: Wan, device: str) -> CausalWanTransformer3DModel:
         randomise(network, device, dtype)
     else:
         fill(network, read(model.network), LATENT, dtype, f"model.transformer={model.network}")
-    network.image_frames, network.mixed = model.image_frames, model.precision == "mixed"
+    network.image_frames = model.image_frames
+    network.autocast_dtype = torch.bfloat16 if model.precision == "mixed" else None
     if model.checkpointing:
         network.enable_gradient_checkpointing()
     return network.to(device).eval()

@@ -16,11 +16,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from runtime.engines import Plain
 from runtime.progress import Progress, clock, summary
 from runtime.runlog import Wandb, read
+from runtime.settings import Optimizer
 from runtime.signals import StopFlag
+from runtime.team import Team
 from runtime.timing import PhaseTimer
+from runtime.trainer import PlainTrainer
 
 
 def test_phases_and_rest_sum_to_the_whole_and_inner_phases_are_not_counted_twice() -> None:
@@ -85,9 +87,8 @@ def test_what_goes_wrong_shows_in_the_line_and_only_then() -> None:
     fine = {"reward": 1.0, "groups_dropped": 0.0, "grad_norm": 2.0}
     assert summary(fine, {}) == "reward 1.000"
     assert "dropped 1 group" in summary(fine | {"groups_dropped": 1.0}, {})
-    line = summary(fine | {"groups_dropped": 3.0, "grad_norm": float("nan")}, {})
-    assert "dropped 3 groups" in line and "gradient norm nan" in line
-    assert "gradient norm inf" in summary(fine | {"grad_norm": float("inf")}, {})
+    line = summary(fine | {"groups_dropped": 3.0, "skipped/gradient": 1.0}, {})
+    assert "dropped 3 groups" in line and "LEFT OUT: gradient not finite" in line
 
 
 def test_progress_draws_a_bar_on_a_terminal() -> None:
@@ -192,12 +193,13 @@ def test_a_failure_of_wandb_is_one_notice_and_the_local_log_goes_on(
 
 
 def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing() -> None:
-    weight = torch.nn.Parameter(torch.ones(3))
-    optimizer = torch.optim.AdamW([weight], lr=0.1)
-    engine = Plain()
-    engine.backward((weight * torch.tensor([1.0, float("nan"), 1.0])).sum())
-    assert not torch.isfinite(torch.tensor(engine.step(optimizer, 1.0)))
-    assert weight.tolist() == [1, 1, 1] and not optimizer.state and weight.grad is None
-    engine.backward((weight * torch.tensor([3.0, 4.0, 0.0])).sum())
-    assert engine.step(optimizer, 1.0) == pytest.approx(5.0)
+    network = torch.nn.ParameterList([torch.ones(3)])
+    (weight,) = network
+    settings = Optimizer(lr=0.1, decay=0, betas=[0.9, 0.999], weight_decay=0, grad_clip=1, ema=0)
+    trainer = PlainTrainer(network, None, settings, 0.0, Team())
+    trainer.backward({"loss": (weight * torch.tensor([1.0, float("nan"), 1.0])).sum()})
+    assert not torch.isfinite(torch.tensor(trainer.step()))
+    assert weight.tolist() == [1, 1, 1] and not trainer.tensors() and weight.grad is None
+    trainer.backward({"loss": (weight * torch.tensor([3.0, 4.0, 0.0])).sum()})
+    assert trainer.step() == pytest.approx(5.0)
     assert weight[0] < 1

@@ -126,8 +126,8 @@ def test_a_run_leaves_its_results(model: Path, tmp_path: Path) -> None:
 def killed(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run until the first checkpoint is complete, and no further."""
 
-    def save(session: Session) -> None:
-        saved(session)
+    def save(session: Session, required: bool = False) -> None:
+        saved(session, required)
         raise KeyboardInterrupt
 
     saved = Session.save
