@@ -11,8 +11,7 @@ from algorithms.policy_loss import PolicyLoss
 class GuardLoss(PolicyLoss):
     """`PolicyLoss` that keeps the means of the policy that acted."""
 
-    def begin(self, rollout: TensorDictBase) -> dict[str, float]:
+    @torch.no_grad()
+    def observe(self, rollout: TensorDictBase) -> None:
         """Add `mean_old [B, M, N, C, h, w]`."""
-        with torch.no_grad():
-            rollout["mean_old"] = self.actor.evaluate(rollout)["mean"]
-        return {}
+        rollout["mean_old"] = self.actor.evaluate(rollout)["mean"]
