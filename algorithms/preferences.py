@@ -97,6 +97,7 @@ def learn_preferences(
     seed: int = 0,
     report: Callable[[str], None] = print,
     state: Path | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> CausalWanTransformer3DModel:
     """Train whatever of `network` requires gradient, in place; return it.
 
@@ -109,14 +110,14 @@ def learn_preferences(
         steps: optimizer steps.
         seed: of pairs and noise.
         report: takes a line of progress.
-        state: see `optimise`.
+        state, stop: see `optimise`; None: never.
     """
     import copy
 
     import torch
 
     from algorithms.losses import preference_loss
-    from algorithms.pretraining.loop import Fit, optimise
+    from algorithms.pretraining.loop import Fit, never, optimise
     from data.draws import Stream, generator
 
     initial = copy.deepcopy(network).requires_grad_(False)
@@ -139,5 +140,13 @@ def learn_preferences(
         return loss, {name: float(value) for name, value in metrics.items()}
 
     trained = [p for p in network.parameters() if p.requires_grad]
-    optimise(trained, Fit(steps, settings.lr, weight_decay=0.0), loss_of, "preferences", report, state=state)
+    optimise(
+        trained,
+        Fit(steps, settings.lr, weight_decay=0.0),
+        loss_of,
+        "preferences",
+        report,
+        state=state,
+        stop=stop or never,
+    )
     return network

@@ -25,13 +25,12 @@ def run(plan: Plan) -> None:
     if plan.settings.stage is None:
         train.run(plan)
         return
-    from runtime.session import Session
-    from runtime.supervised import conclude
+    from runtime.supervised import conclude, opened
 
-    with setup_phase():
-        session = Session(plan.settings, plan.config)
-        pairs = encode(session)
-    conclude(session, lambda work: learn(session, pairs, work))
+    with opened(plan) as session:
+        with setup_phase():
+            pairs = encode(session)
+        conclude(session, lambda work: learn(session, pairs, work))
 
 
 def encode(session: Session) -> EncodedPairs:
@@ -65,11 +64,21 @@ def encode(session: Session) -> EncodedPairs:
 def learn(session: Session, pairs: EncodedPairs, work: Path) -> CausalWanTransformer3DModel:
     """Train the session's transformer; returns it."""
     from algorithms.preferences import learn_preferences
+    from runtime.supervised import asked
 
     settings, rule = session.settings, session.actor.causality
     sigmas, network = list(settings.rollout.sigmas), session.episodes.networks.transformer
     return learn_preferences(
-        settings.stage, network, pairs, rule, sigmas, settings.updates, settings.seed, print, work / "state.pt"
+        settings.stage,
+        network,
+        pairs,
+        rule,
+        sigmas,
+        settings.updates,
+        settings.seed,
+        print,
+        work / "state.pt",
+        asked(session),
     )
 
 

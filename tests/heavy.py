@@ -1,18 +1,11 @@
 """Everything that a run imports; a fork server preloads it."""
 
+import contextlib
 import os
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-import experiments.train
-import runtime.curves
-import runtime.networks
-import runtime.outcome
-import runtime.report
-import runtime.session
 import tests.faulty  # noqa: F401
 
-try:
+with contextlib.suppress(ImportError):
     import deepspeed  # noqa: F401
-except ImportError:
-    pass
