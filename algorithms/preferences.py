@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -95,6 +95,7 @@ def learn_preferences(
     report: Callable[[str], None] = print,
     state: Path | None = None,
     record: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
+    stop: Callable[[], bool] | None = None,
 ) -> CausalWanTransformer3DModel:
     """Train whatever of `network` requires gradient, in place; return it.
 
@@ -108,14 +109,14 @@ def learn_preferences(
         sigmas: the policy's noise levels.
         seed: of pairs and noise.
         report: takes a line of progress.
-        state, record: see `optimise`.
+        state, record, stop: see `optimise`; no stop: never.
     """
     import copy
 
     import torch
 
     from algorithms.losses import preference_loss
-    from algorithms.pretraining.loop import optimise
+    from algorithms.pretraining.loop import never, optimise
     from data.draws import Stream, generator
 
     initial = copy.deepcopy(network).requires_grad_(False)
@@ -138,5 +139,6 @@ def learn_preferences(
         return loss, {name: float(value) for name, value in metrics.items()}
 
     trained = [p for p in network.parameters() if p.requires_grad]
-    optimise(trained, fit, loss_of, "preferences", report, state=state, record=record)
+    how: dict[str, Any] = {"state": state, "record": record, "stop": stop or never}
+    optimise(trained, fit, loss_of, "preferences", report, **how)
     return network

@@ -21,27 +21,27 @@ if TYPE_CHECKING:
 
 def run(plan: Plan) -> None:
     """Train, evaluate, and write `transformer/` and `evaluation.json` into `run_dir`."""
-    from runtime.session import Session
-    from runtime.supervised import conclude
+    from runtime.supervised import conclude, opened
 
     stage = plan.settings.stage
-    with setup_phase():
-        session = Session(plan.settings, plan.config)
-        teacher = replace(plan.settings.model, transformer=stage.teacher).load_transformer(session.device)
-        if stage.from_teacher:
-            session.episodes.networks.transformer.load_state_dict(teacher.state_dict())
-    conclude(session, lambda work: train(session, teacher, work))
+    with opened(plan) as session:
+        with setup_phase():
+            teacher = replace(plan.settings.model, transformer=stage.teacher).load_transformer(session.device)
+            if stage.from_teacher:
+                session.episodes.networks.transformer.load_state_dict(teacher.state_dict())
+        conclude(session, lambda work: train(session, teacher, work))
 
 
 def train(session: Session, teacher: CausalWanTransformer3DModel, work: Path) -> CausalWanTransformer3DModel:
     """Run the stages, one after the other; returns the student."""
     from algorithms.distillation.chain import Distillation
+    from runtime.supervised import asked
 
     settings, networks, stage = session.settings, session.episodes.networks, session.settings.stage
     pools = networks.pools(settings.world, stage.pool, stage.track_noise)
     negative = networks.text.encode([stage.negative_prompt])
     rule, sigmas = session.actor.causality, settings.rollout.sigmas
-    chain = Distillation(stage, settings.strategy, rule, sigmas, settings.updates, settings.seed, print)
+    chain = Distillation(stage, settings.strategy, rule, sigmas, settings.updates, settings.seed, print, asked(session))
     return chain.run(networks.transformer, teacher, negative, pools, work)
 
 

@@ -27,13 +27,12 @@ def run(plan: Plan) -> None:
     if plan.settings.stage is None:
         train.run(plan)
         return
-    from runtime.session import Session
-    from runtime.supervised import conclude
+    from runtime.supervised import conclude, opened
 
-    with setup_phase():
-        session = Session(plan.settings, plan.config)
-        pairs = encode(session)
-    conclude(session, lambda work: learn(session, pairs, work))
+    with opened(plan) as session:
+        with setup_phase():
+            pairs = encode(session)
+        conclude(session, lambda work: learn(session, pairs, work))
 
 
 def encode(session: Session) -> EncodedPairs:
@@ -68,6 +67,7 @@ def learn(session: Session, pairs: EncodedPairs, work: Path) -> CausalWanTransfo
     """Train the session's transformer, with a row of `metrics.jsonl` per step; returns it."""
     from algorithms.preferences import learn_preferences
     from algorithms.pretraining.loop import Fit
+    from runtime.supervised import asked
 
     settings, network, logs = session.settings, session.episodes.networks.transformer, list["RunLog"]()
     o, steps = settings.optimizer, settings.updates
@@ -93,6 +93,7 @@ def learn(session: Session, pairs: EncodedPairs, work: Path) -> CausalWanTransfo
             print,
             work / "state.pt",
             record,
+            asked(session),
         )
     finally:
         for log in logs:

@@ -21,13 +21,12 @@ if TYPE_CHECKING:
 
 def run(plan: Plan) -> None:
     """Train, evaluate, and write `transformer/` and `evaluation.json` into `run_dir`."""
-    from runtime.session import Session
-    from runtime.supervised import conclude
+    from runtime.supervised import conclude, opened
 
-    with setup_phase():
-        session = Session(plan.settings, plan.config)
-        start(session)
-    conclude(session, lambda work: train(session, work))
+    with opened(plan) as session:
+        with setup_phase():
+            start(session)
+        conclude(session, lambda work: train(session, work))
 
 
 def start(session: Session) -> None:
@@ -53,12 +52,21 @@ def start(session: Session) -> None:
 def train(session: Session, work: Path) -> CausalWanTransformer3DModel:
     """Fine-tune the session's transformer; returns the averaged weights."""
     from algorithms.distillation.finetune import finetune
+    from runtime.supervised import asked
 
     settings, networks, stage = session.settings, session.episodes.networks, session.settings.stage
     pools = networks.pools(settings.world, stage.pool, stage.track_noise)
     negative = networks.text.encode([stage.negative_prompt])
     return finetune(
-        pools, stage, networks.transformer, negative, settings.updates, settings.seed, print, work / "state.pt"
+        pools,
+        stage,
+        networks.transformer,
+        negative,
+        settings.updates,
+        settings.seed,
+        print,
+        work / "state.pt",
+        asked(session),
     )
 
 

@@ -4,18 +4,45 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtime.checkpoint import replace_text
+from runtime.cli import setup_phase
+from runtime.config import Plan
 from runtime.identity import BEGUN, identity
+from runtime.lock import FolderLock
+from runtime.signals import StopFlag, Stopped
 
 if TYPE_CHECKING:
     from policies.causal_dit import CausalWanTransformer3DModel
     from runtime.session import Session
 
 RESULT = "evaluation.json"
+
+
+@contextmanager
+def opened(plan: Plan) -> Iterator[Session]:
+    """A session that holds its folder and stops politely: what is asked to stop has kept its state."""
+    from algorithms.pretraining.loop import Interrupted
+    from runtime.session import Session
+
+    with ExitStack() as stack:
+        stop = stack.enter_context(StopFlag())
+        with setup_phase():
+            stack.enter_context(FolderLock.of(plan.settings))
+            session = Session(plan.settings, plan.config, stop)
+        try:
+            yield session
+        except (Stopped, Interrupted) as where:
+            print(f"stopped{f' ({where})' if str(where) else ''}; go on with: run_dir={session.run_dir} resume=true")
+
+
+def asked(session: Session) -> Callable[[], bool]:
+    """Whether a session's stop has been asked for."""
+    return lambda: session.stop.requested
 
 
 def conclude(session: Session, train: Callable[[Path], CausalWanTransformer3DModel]) -> None:

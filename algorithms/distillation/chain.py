@@ -20,7 +20,7 @@ from algorithms.distillation.scores import Discriminator
 from algorithms.distillation.settings import Distill
 from algorithms.distillation.settings import Warmup as Stage
 from algorithms.distillation.warmup import Teacher
-from algorithms.pretraining.loop import Fit, matrices, optimise
+from algorithms.pretraining.loop import Fit, matrices, never, optimise
 from data.draws import Stream, generator
 from envs.ar_video import start
 from envs.transitions import CPS, ODE
@@ -47,6 +47,7 @@ class Distillation:
         updates: generator steps of distribution matching.
         seed: of clips and noise.
         report: takes a line of progress.
+        stop: see `optimise`.
     """
 
     def __init__(
@@ -58,10 +59,11 @@ class Distillation:
         updates: int,
         seed: int,
         report: Callable[[str], None] = print,
+        stop: Callable[[], bool] = never,
     ) -> None:
         self.settings, self.strategy, self.causality, self.seed = settings, strategy, causality, seed
         self.sigmas, self.updates, self.report = torch.tensor(list(sigmas)), updates, report
-        self.pools: list[LatentPool] = []
+        self.stop, self.pools = stop, list[LatentPool]()
 
     def run(
         self,
@@ -121,7 +123,8 @@ class Distillation:
             return loss, {}
 
         trained = [p for p in student.parameters() if p.requires_grad]
-        optimise(trained, Fit(stage.steps, stage.lr), loss_of, name, self.report, ema, matrices(student), state)
+        fit, shaped = Fit(stage.steps, stage.lr), matrices(student)
+        optimise(trained, fit, loss_of, name, self.report, ema, shaped, state, self.stop)
         return averaged(student, ema)
 
     def _loss(self, name: str, student: Student, teacher: Teacher, ema: EMA, step: int) -> Loss:
@@ -144,4 +147,4 @@ class Distillation:
         fake = copy.deepcopy(teacher.network).requires_grad_(True)
         players = Players(student, fake, judge.to(student.device), teacher)
         game = DistributionMatching(players, s, self.strategy, lambda draw: self.begin(student, "dmd", draw), self.seed)
-        return game.train(self.updates, self.report, state)
+        return game.train(self.updates, self.report, state, stop=self.stop)

@@ -24,7 +24,7 @@ from algorithms.distillation.rollouts import Generated, Student
 from algorithms.distillation.scores import Discriminator, predict_x0
 from algorithms.distillation.settings import DMD
 from algorithms.distillation.warmup import Teacher
-from algorithms.pretraining.loop import keep, restore
+from algorithms.pretraining.loop import Interrupted, keep, never, restore
 from policies.causal_dit import CausalWanTransformer3DModel
 from policies.ema import EMA, averaged
 
@@ -149,7 +149,12 @@ class DistributionMatching:
         optimizer.step()
 
     def train(
-        self, updates: int, report: Callable[[str], None], state: Path | None = None, every: int = 250
+        self,
+        updates: int,
+        report: Callable[[str], None],
+        state: Path | None = None,
+        every: int = 250,
+        stop: Callable[[], bool] = never,
     ) -> CausalWanTransformer3DModel:
         """Take `updates` generator steps, each with `generator_every` critic steps after it.
 
@@ -158,6 +163,7 @@ class DistributionMatching:
             report: takes a line of progress.
             state: file that is written every `every` steps; where it exists, training goes on from it.
             every: see `state`.
+            stop: see `optimise`.
 
         Returns:
             The student with its averaged weights.
@@ -167,6 +173,10 @@ class DistributionMatching:
         began, metrics = time.perf_counter(), dict[str, float]()
         steps = updates * s.generator_every
         for step in range(first, steps):
+            if stop():
+                if state is not None and step > first:
+                    keep(state, step, everything, self.optimizers, self.ema)
+                raise Interrupted(f"dmd: stopped before step {step}")
             for optimizer, peak in zip(self.optimizers, (s.lr, s.critic_lr), strict=True):
                 for group in optimizer.param_groups:
                     group["lr"] = peak * min(1.0, (step + 1) / s.warmup)

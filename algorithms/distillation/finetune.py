@@ -15,7 +15,7 @@ from algorithms.distillation.losses import flow_matching_loss
 from algorithms.distillation.noise import noised, shifted
 from algorithms.distillation.pool import LatentPool
 from algorithms.distillation.settings import FineTune
-from algorithms.pretraining.loop import Fit, matrices, optimise
+from algorithms.pretraining.loop import Fit, matrices, never, optimise
 from data.draws import Stream, generator, seed_of
 from envs.control import MASK_CHANNELS
 from policies.causal_dit import CausalWanTransformer3DModel
@@ -76,6 +76,7 @@ def finetune(
     seed: int = 0,
     report: Callable[[str], None] = print,
     state: Path | None = None,
+    stop: Callable[[], bool] = never,
 ) -> CausalWanTransformer3DModel:
     """Train `model` in place by flow matching on clips of every frame size in turn; return the averaged weights.
 
@@ -87,7 +88,7 @@ def finetune(
         steps: optimizer steps.
         seed: of clips and noise.
         report: takes a line of progress.
-        state: see `optimise`.
+        state, stop: see `optimise`.
     """
     ema = EMA(model, stage.ema)
 
@@ -105,5 +106,5 @@ def finetune(
         return flow_matching_loss(v, x0, eps)[0], {}
 
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimise(trained, Fit(steps, stage.lr), loss_of, "finetune", report, ema, matrices(model), state)
+    optimise(trained, Fit(steps, stage.lr), loss_of, "finetune", report, ema, matrices(model), state, stop)
     return averaged(model, ema)

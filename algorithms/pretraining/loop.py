@@ -40,6 +40,15 @@ class Fit:
     share: Callable[[int], float] | None = None
 
 
+class Interrupted(Exception):
+    """Training was asked to stop, and its state is kept."""
+
+
+def never() -> bool:
+    """Nobody asks to stop."""
+    return False
+
+
 def optimizers(weights: list[nn.Parameter], matrices: Iterable[nn.Parameter], fit: Fit) -> list[Optimizer]:
     """AdamW, and Muon for `matrices`: a tiny transformer learns more per step when the updates of its hidden layers are
     orthogonal (docs/notebook.md). Muon's steps are scaled to the size of AdamW's, so both share the learning rate.
@@ -80,6 +89,7 @@ def optimise(
     ema: EMA | None = None,
     matrices: Iterable[nn.Parameter] = (),
     state: Path | None = None,
+    stop: Callable[[], bool] = never,
     record: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
 ) -> None:
     """Minimise `loss_of(step)`; report every 100 steps.
@@ -90,6 +100,7 @@ def optimise(
         ema: updated after every step.
         matrices: those of the parameters that Muon updates; the others are AdamW's.
         state: file that is written every `EVERY` steps; where it exists, training goes on from it.
+        stop: asked before every step; where it says so the state is kept, and `Interrupted` raised.
         record: takes the number of steps done and their last one's metrics: loss, norm of its gradient before
             clipping, and what `loss_of` reports.
     """
@@ -100,6 +111,10 @@ def optimise(
     begin = restore(state, weights, steppers, ema)
     started = time.perf_counter()
     for step in range(begin, fit.steps):
+        if stop():
+            if state is not None and step > begin:
+                keep(state, step, weights, steppers, ema)
+            raise Interrupted(f"{name}: stopped before step {step}")
         for group in (group for optimizer in steppers for group in optimizer.param_groups):
             group["lr"] = learning_rate(fit, step)
         loss, extra = loss_of(step)

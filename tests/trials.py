@@ -1,0 +1,455 @@
+"""Trials of what a run promises, by number: tests make a few, `python -m benchmarks.soak` makes them all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from runtime import checkpoint
+from tests.processes import SMALL, begin, end, together, train
+
+POINTS = ("latent", "log_prob", "video", "reward", "loss", "gradient")
+
+# Every run of a trial: an update takes a fraction of a second.
+RUN = ["reward=aesthetic", "rollout.frames=2", "saving.every=1"]
+
+
+def weights(run_dir: Path) -> str:
+    """Hash of the files of the newest checkpoint that hold tensors."""
+    newest = checkpoint.latest(run_dir)
+    assert newest is not None
+    files = sorted(newest.glob("*.safetensors"))
+    return hashlib.sha256(b"".join(path.name.encode() + path.read_bytes() for path in files)).hexdigest()
+
+
+def history(run_dir: Path) -> str:
+    """Metrics without what a clock says."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return json.dumps([{k: v for k, v in row.items() if not k.startswith("seconds/")} for row in rows])
+
+
+def _save_for_ever(run_dir: Path) -> None:
+    """Write checkpoint after checkpoint, each full of its own number, as fast as can be."""
+    import torch
+
+    first = max(checkpoint.complete_steps(run_dir), default=0) + 1
+    for step in range(first, first + 10**6):
+        values = {str(i): torch.full((64, 64), float(step)) for i in range(4)}
+        checkpoint.save(run_dir, checkpoint.Snapshot(step, {}, {"weights": values, "optimizer": values}), keep=2)
+
+
+def kills_while_saving(folder: Path, trials: int, seed: int = 0) -> dict[str, int]:
+    """kill -9 at random instants of saving; each time the newest checkpoint must load and be whole."""
+    rng, found = random.Random(seed), Counter[str]()
+    for _ in range(trials):
+        before = max(checkpoint.complete_steps(folder), default=0)
+        (process,) = begin(1, _save_for_ever, folder)
+        while max(checkpoint.complete_steps(folder), default=0) <= before:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.05))
+        process.kill()
+        process.join()
+        debris = len(list((folder / "checkpoints").glob("step_*"))) - len(checkpoint.complete_steps(folder))
+        newest = checkpoint.latest(folder)
+        assert newest is not None
+        state = checkpoint.load(newest)
+        assert all(t.eq(state.step).all() for part in state.tensors.values() for t in part.values())
+        assert state.step > before
+        found.update(loads=1, left_debris=int(debris > 0))
+    return dict(found)
+
+
+def kills_anywhere(model: Path, folder: Path, kills: int, updates: int = 4, seed: int = 0) -> dict[str, float]:
+    """kill -9 at random instants of a run, resumed until it ends; all it leaves must equal the quiet run's bytes."""
+    rng, done, runs, where = random.Random(seed), 0, 0, Counter[str]()
+    options = [*RUN, f"updates={updates}", "evaluation.every=2", "optimizer.ema=0.5", "saving.keep=3"]
+    began = time.monotonic()
+    together(1, train, model, folder / "quiet", *options)
+    took = time.monotonic() - began
+    while done < kills:
+        run_dir = folder / f"run{runs}"
+        while True:
+            (process,) = begin(1, train, model, run_dir, *options, "resume=true")
+            process.join(rng.uniform(0.1, 1.2 * took) if done < kills else None)
+            if process.exitcode is not None:
+                break
+            process.kill()
+            process.join()
+            done += 1
+            steps = max(checkpoint.complete_steps(run_dir), default=0)
+            where[f"killed with {steps} updates saved"] += 1
+        assert process.exitcode == 0
+        assert weights(run_dir) == weights(folder / "quiet"), "weights, optimizer or averages differ"
+        assert history(run_dir) == history(folder / "quiet"), "the reward history differs"
+        shutil.rmtree(run_dir)
+        runs += 1
+    return {"kills": done, "runs": runs, **where}
+
+
+DAMAGES = ("flip", "cut", "delete", "swap")
+
+
+def corruptions(folder: Path, trials: int, seed: int = 0) -> dict[str, int]:
+    """Damage a checkpoint at random; it must be refused, or hold exactly what was written."""
+    import torch
+
+    rng, found, originals = random.Random(seed), Counter[str](), []
+    for step in (1, 2):
+        values = {k: {"w": torch.full((16, 16), 1.0 + step + i)} for i, k in enumerate(("weights", "ema", "optimizer"))}
+        written = checkpoint.write(folder / "original" / f"step_{step:06d}", checkpoint.Snapshot(step, {}, values))
+        originals.append(written)
+    truth = checkpoint.load(originals[1])
+    for _ in range(trials):
+        broken = folder / "broken" / originals[1].name
+        shutil.copytree(originals[1], broken)
+        damage = rng.choice(DAMAGES)
+        _damage(damage, rng, broken, originals[0])
+        try:
+            state = checkpoint.load(broken)
+            same = (state.step, state.config, state.counters) == (truth.step, truth.config, truth.counters)
+            same = same and all(torch.equal(state.tensors[k]["w"], v["w"]) for k, v in truth.tensors.items())
+            assert same, f"{damage}: loaded something else without a word"
+            found["harmless"] += 1
+        except (ValueError, FileNotFoundError):
+            found[f"refused after {damage}"] += 1
+        shutil.rmtree(broken)
+    return dict(found)
+
+
+def _damage(damage: str, rng: random.Random, folder: Path, other: Path) -> None:
+    files = sorted(folder.iterdir())
+    path = rng.choice(files)
+    content = bytearray(path.read_bytes())
+    if damage == "flip":
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        path.write_bytes(content)
+    elif damage == "cut":
+        path.write_bytes(content[: rng.randrange(len(content))])
+    elif damage == "delete":
+        path.unlink()
+    elif rng.random() < 0.5:  # with a file of the same checkpoint, or the same file of another
+        second = rng.choice([p for p in files if p != path])
+        one, two = path.read_bytes(), second.read_bytes()
+        path.write_bytes(two)
+        second.write_bytes(one)
+    else:
+        shutil.copy(other / path.name, path)
+        for name in files if rng.random() < 0.3 else []:  # all of it: a whole checkpoint under a wrong name
+            shutil.copy(other / name.name, name)
+
+
+def terminations(
+    model: Path, folder: Path, trials: int, ranks: int = 1, number: int = signal.SIGTERM, seed: int = 0
+) -> dict[str, float]:
+    """SIGTERM at random instants of a run that saves at no other time; what was logged must be saved."""
+    rng, slowest, lost, saved = random.Random(seed), 0.0, 0, 0
+    options = [*RUN, "saving.every=1000", "updates=1000", "evaluation.every=3", "rollout.group_size=4"]
+    for trial in range(trials):
+        run_dir = folder / f"term{trial}"
+        processes = begin(ranks, train, model, run_dir, *options)
+        while not (run_dir / "config.yaml").is_file():  # before that there is nothing to lose
+            assert any(p.is_alive() for p in processes)
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, 4))
+        began = time.monotonic()
+        os.kill(processes[rng.randrange(ranks)].pid or 0, number)
+        end(processes)
+        slowest = max(slowest, time.monotonic() - began)
+        rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        logged = max((row["step"] for row in rows if "reward" in row), default=0)
+        step = max(checkpoint.complete_steps(run_dir), default=0)
+        assert 0 <= logged - step <= 1, f"{logged} updates logged, {step} saved"
+        lost, saved = lost + logged - step, saved + (step > 0)
+        shutil.rmtree(run_dir)
+    return {"trials": trials, "updates_lost": lost, "saved_something": saved, "slowest_seconds": round(slowest, 2)}
+
+
+def _spoiled(model: Path, run_dir: Path, point: str, rank: int, iteration: int, *overrides: str) -> None:
+    """A run in which something is not finite, which notes the weights of every process."""
+    from runtime.session import Session
+    from tests.faulty import spoil
+
+    spoil(point, rank, iteration)
+    skip = Session.skip
+
+    def noted(self: Session, found: Any) -> Any:
+        before = _digest(self)
+        metrics = skip(self, found)
+        assert _digest(self) == before
+        (run_dir / f"digest{self.team.rank}").write_text(f"{found.point} {before}")
+        return metrics
+
+    Session.skip = noted  # type: ignore[method-assign]
+    train(model, run_dir, *overrides)
+
+
+def _digest(session: Any) -> str:
+    from runtime.state import tensors_of
+
+    common, own = tensors_of(session)
+    digest = hashlib.sha256()
+    for part in (common["weights"], common.get("critic", {}), {**common, **own}["optimizer"] if not own else {}):
+        for key in sorted(part):
+            digest.update(key.encode() + part[key].detach().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def injection(model: Path, folder: Path, point: str, *overrides: str, ranks: int = 2, iteration: int = 1) -> Path:
+    """Something not finite on the last of some processes, in one update: all leave it out, weights as they were.
+
+    Returns:
+        The run's folder.
+    """
+    run_dir, last = folder / point, ranks - 1
+    run_dir.mkdir(parents=True)
+    fault = ["algorithm._target_=tests.faulty.FaultyGRPO", f"+algorithm.where={point}", "+algorithm.prompt=1"]
+    fault = [*fault, f"+algorithm.iteration={iteration}"] if point in ("loss", "gradient") else []
+    options = [*RUN, "updates=3", "saving.keep=5", *fault, *overrides]
+    together(ranks, _spoiled, model, run_dir, point, last, iteration, *options)
+    digests = {(run_dir / f"digest{rank}").read_text() for rank in range(ranks)}
+    assert len(digests) == 1 and digests.pop().split()[0] == point
+    steps = [
+        checkpoint.load(run_dir / "checkpoints" / f"step_{n:06d}").tensors["weights"]
+        for n in (iteration, iteration + 1)
+    ]
+    assert all(steps[0][k].numpy().tobytes() == steps[1][k].numpy().tobytes() for k in steps[0])
+    return run_dir
+
+
+def growth(model: Path, folder: Path, updates: int, warmup: int) -> dict[str, float]:
+    """Memory, file descriptors and threads of a run after `warmup` updates and at its end."""
+    together(1, _watched, model, folder, updates, warmup)
+    first, last = json.loads((folder / "growth.json").read_text())
+    return {
+        "memory_growth_percent": round(100 * (last["rss"] / first["rss"] - 1), 3),
+        **{
+            f"{k}_{when}": row[k]
+            for k in ("descriptors", "threads")
+            for when, row in (("then", first), ("at_end", last))
+        },
+    }
+
+
+def _watched(model: Path, run_dir: Path, updates: int, warmup: int) -> None:
+    import gc
+
+    from runtime.session import Session
+
+    rows: list[dict[str, int]] = []
+    after = Session._end_update
+
+    def measured(self: Session) -> None:
+        after(self)
+        if self.iteration in (warmup, updates):
+            gc.collect()
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            counts = [len(list(Path(f"/proc/self/{name}").iterdir())) for name in ("fd", "task")]
+            rows.append({"rss": pages * 4096, "descriptors": counts[0], "threads": counts[1]})
+
+    Session._end_update = measured  # type: ignore[method-assign]
+    train(model, run_dir, *RUN, f"updates={updates}", "saving.every=20", "evaluation.every=50")
+    (run_dir / "growth.json").write_text(json.dumps(rows))
+
+
+def soak(
+    model: Path, folder: Path, seconds: float, every: float, report: Callable[[str], None], seed: int = 0
+) -> dict[str, Any]:
+    """A run with a random fault every so often, beside a quiet one: each update's weights must be the quiet one's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng, faults, flags = random.Random(seed), Counter[str](), {k: folder / f"{k}.flag" for k in ("outage", "disk")}
+    outage = ["reward.aesthetic._target_=tests.faulty.OutAtTimes", f"+reward.aesthetic.outage={flags['outage']}"]
+    options = [*RUN, *outage, "scoring.on_failure=stop", "updates=1000000", "evaluation.every=0", "saving.every=3"]
+    (quiet,) = begin(1, _hashed, model, folder / "quiet", None, 0.0, *options)
+    ends, process = time.monotonic() + seconds, None
+    while time.monotonic() < ends:
+        if process is None or not process.is_alive():
+            faults["starts"] += 1
+            (process,) = begin(1, _hashed, model, folder / "run", flags["disk"], 0.1, *options, "resume=true")
+        fault = rng.choice(["kill", "terminate", "outage", "disk"])
+        _wait(min(every, ends - time.monotonic()), process)
+        faults[fault] += 1
+        if fault == "kill":
+            process.kill()
+            process.join()
+        elif fault == "terminate":
+            process.terminate()
+            process.join(60)
+        else:  # for a while; the disk's fault does not end the run, the reward's does
+            flags[fault].touch()
+            _wait(5, process)
+            flags[fault].unlink()
+    process, _ = _stopped(process), _stopped(quiet)
+    rows = [
+        dict(line.split() for line in (folder / name / "hashes").read_text().splitlines()) for name in ("quiet", "run")
+    ]
+    both = rows[0].keys() & rows[1].keys()
+    assert all(rows[0][k] == rows[1][k] for k in both) and len(both) > 1
+    report(f"updates: quiet {len(rows[0])}, with faults {len(rows[1])}")
+    return {**faults, "updates_compared": len(both), "different": 0}
+
+
+def _wait(seconds: float, process: Any) -> None:
+    process.join(max(0.0, seconds))
+
+
+def _stopped(process: Any) -> None:
+    if process is not None and process.is_alive():
+        process.terminate()
+        process.join(60)
+
+
+def _hashed(model: Path, run_dir: Path, disk: Path | None, pause: float, *overrides: str) -> None:
+    """A run that notes a hash of its weights after every update."""
+    from runtime.session import Session
+    from tests.faulty import full_disk
+
+    if disk is not None:
+        full_disk(disk)
+    after = Session._end_update
+    run_dir.mkdir(parents=True, exist_ok=True)
+
+    def noted(self: Session) -> None:
+        after(self)
+        time.sleep(pause)
+        with (run_dir / "hashes").open("a") as file:
+            file.write(f"{self.iteration} {_digest(self)}\n")
+
+    Session._end_update = noted  # type: ignore[method-assign]
+    train(model, run_dir, *overrides)
+
+
+ENGINES = {
+    "plain": (1,),
+    "two processes": (2,),
+    "accumulation 8 x 1": (1, "engine.accumulation=8"),
+    "ZeRO-1": (2, "engine=deepspeed_z1"),
+    "ZeRO-2": (2, "engine=deepspeed_z2"),
+    "ZeRO-3, accumulation 2": (2, "engine=deepspeed_z3", "engine.accumulation=2"),
+}
+
+
+def engines(model: Path, folder: Path, updates: int, *overrides: str) -> dict[str, float]:
+    """The same run under every engine: distance of the weights from the plain one's, relative to their norm."""
+    import torch
+
+    options = ["reward=aesthetic", "rollout.prompts=4", "rollout.group_size=4", f"updates={updates}", *overrides]
+    found, steps = {}, sorted({1, updates})
+    for name, (ranks, *engine) in ENGINES.items():
+        keep = ["saving.every=1", f"saving.keep={updates}"]
+        together(int(ranks), train, model, folder / name, *options, *keep, *map(str, engine))
+        for step in steps:
+            ours, plain = (
+                checkpoint.load(folder / n / "checkpoints" / f"step_{step:06d}").tensors["weights"]
+                for n in (name, "plain")
+            )
+            gap = torch.stack([(ours[k] - plain[k]).square().sum() for k in plain]).sum().sqrt()
+            norm = torch.stack([v.square().sum() for v in plain.values()]).sum().sqrt()
+            found[f"{name}, {step}"] = float(f"{float(gap / norm):.2e}")
+    assert max(found.values()) <= 1e-6, found
+    return found
+
+
+def injected(model: Path, folder: Path, point: str, *overrides: str) -> str:
+    """`injection`, then the replay of its bundle, which must find it again."""
+    run_dir = injection(model, folder, point, *overrides)
+    together(1, replayed, run_dir / "replay" / "step_000001")
+    return "weights unchanged in both processes, reproduced"
+
+
+def replayed(bundle: Path) -> None:
+    """The replay of a bundle; exits with 1 where nothing is found again. For `begin`."""
+    import sys
+
+    from experiments.replay import Replay
+    from runtime.cli import main
+
+    replay = Replay()
+    sys.argv = ["replay.py", f"checkpoint={bundle}", f"run_dir={bundle.parent / 'looked_at'}"]
+    try:
+        main("replay", replay.run, replay.prepare)
+    except SystemExit as left:
+        assert not left.code, left.code
+
+
+LAUNCHERS = {
+    "torchrun": ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"],
+    "deepspeed": ["-m", "deepspeed.launcher.launch", "--nnodes", "1", "--node_rank", "0"],
+}
+
+
+def launched(model: Path, folder: Path, launcher: str, trials: int, seed: int = 0) -> dict[str, float]:
+    """SIGTERM to a launcher of two real processes at random instants; what was logged must be saved."""
+    import base64
+    import subprocess
+    import sys
+
+    rng, slowest, saved = random.Random(seed), 0.0, 0
+    world = base64.urlsafe_b64encode(json.dumps({"localhost": [0, 1]}).encode()).decode()
+    engine = "deepspeed_z2" if launcher == "deepspeed" else "plain"
+    for trial in range(trials):
+        run_dir, port = folder / f"trial{trial}", str(rng.randrange(20000, 40000))
+        options = [*SMALL, *RUN, f"model.path={model}", f"run_dir={run_dir}", "updates=1000", "saving.every=1000"]
+        extra = ["--world_info", world, "--master_port", port] if launcher == "deepspeed" else []
+        command = [sys.executable, *LAUNCHERS[launcher], *extra, "experiments/grpo.py", f"engine={engine}", *options]
+        environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        log = (folder / f"{trial}.log") if folder.mkdir(parents=True, exist_ok=True) is None else folder
+        with log.open("w") as out:
+            process = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
+        while not (run_dir / "config.yaml").is_file():
+            assert process.poll() is None, log.read_text()[-2000:]
+            time.sleep(0.1)
+        time.sleep(rng.uniform(1, 10))
+        began = time.monotonic()
+        process.terminate()
+        process.wait(60)
+        slowest = max(slowest, time.monotonic() - began)
+        rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        logged = max((row["step"] for row in rows if "reward" in row), default=0)
+        step = max(checkpoint.complete_steps(run_dir), default=0)
+        assert 0 <= logged - step <= 1, f"{logged} updates logged, {step} saved: {log.read_text()[-2000:]}"
+        saved += step > 0
+    return {"trials": trials, "saved_something": saved, "slowest_seconds": round(slowest, 2)}
+
+
+def disk(model: Path, folder: Path) -> dict[str, Any]:
+    """A real full disk (a small file system in memory, which takes root): the run goes on, and saves once there is
+    space again.
+    """
+    import subprocess
+
+    folder.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], check=True)
+    try:
+        run_dir, filler = folder / "run", folder / "filler"
+        (process,) = begin(1, train, model, run_dir, *RUN, "updates=100000", "evaluation.every=2")
+        while max(checkpoint.complete_steps(run_dir), default=0) < 2:
+            time.sleep(0.05)
+        with suppress(OSError), filler.open("wb") as file:
+            while True:
+                file.write(b"\0" * 4096)
+                file.flush()
+        before = max(checkpoint.complete_steps(run_dir))
+        time.sleep(5)
+        full = max(checkpoint.complete_steps(run_dir))
+        newest = checkpoint.latest(run_dir)
+        assert process.is_alive() and newest is not None and checkpoint.load(newest).step == full
+        filler.unlink()
+        time.sleep(3)
+        process.terminate()
+        end([process])
+        after = max(checkpoint.complete_steps(run_dir))
+        rows = [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        assert after > full and sorted(set(rows)) == list(range(after + 1)), "a row was lost"
+        return {"saved_before": before, "saved_while_full": full - before, "saved_after": after - full}
+    finally:
+        subprocess.run(["umount", str(folder)], check=False)
