@@ -93,21 +93,17 @@ def measured(settings: Settings, options: argparse.Namespace, console: Console) 
 
     from runtime import workload
 
-    kind = workload.device_kind(settings.device)
-    here = kind == "cpu" or (kind == "cuda" and torch.cuda.is_available())
-    work = workload.workload(settings, options.processes)
-    libraries = estimate.LIBRARIES.get("cuda" if options.memory or kind != "cpu" else "cpu", 0.0)
-    if options.memory:
-        memory = options.memory * 1e9
-    elif kind == "cuda" and here:
-        memory = float(torch.cuda.get_device_properties(0).total_memory)
-    else:
-        memory = float(machine.cpu_memory())
-    rate = options.tflops * 1e12 if options.tflops else workload.measured_rate(work, kind if here else "cpu")
+    # A device that is described by its numbers is an accelerator, whatever stands here.
+    kind = "cuda" if options.memory or options.tflops else workload.device_kind(settings.device)
+    here = kind if kind == "cpu" or torch.cuda.is_available() else "cpu"
+    work = workload.workload(settings, options.processes, kind)
+    libraries = estimate.LIBRARIES["cpu" if kind == "cpu" else "cuda"]
+    memory = options.memory * 1e9 if options.memory else memory_of(here)
+    rate = options.tflops * 1e12 if options.tflops else workload.measured_rate(work, here)
     seconds = estimate.seconds(work, EFFICIENCY * rate)
     console.print(memory_table(work, libraries), time_table(work, seconds, rate, settings.updates))
     yield fits(work, libraries, memory)
-    if workload.encoder_device(settings) != kind:
+    if workload.encoder_elsewhere(settings, kind):
         encoder, room = workload.encoder_bytes(settings.model), machine.cpu_memory()
         text = f"{size(encoder)} on the CPU, which has {size(room)}"
         yield Check("text encoder", text, "fails" if encoder > room else "ok")
@@ -116,6 +112,14 @@ def measured(settings: Settings, options: argparse.Namespace, console: Console) 
     folder = Path(settings.run_dir or "outputs")
     state = 4 * work.trainable * (1 + estimate.MOMENTS + work.averaged)
     yield machine.run_folder(folder, state, settings.saving.keep + 1)
+
+
+def memory_of(kind: str) -> float:
+    """Bytes of the first device of a kind."""
+    import torch
+
+    cuda = kind == "cuda"
+    return float(torch.cuda.get_device_properties(0).total_memory if cuda else machine.cpu_memory())
 
 
 def memory_table(work: Workload, libraries: float) -> object:

@@ -20,8 +20,13 @@ BYTES = {"float32": 4, "fp32": 4, "mixed": 4, "bfloat16": 2, "bf16": 2}
 UMT5_XXL = 5_680_910_336
 
 
-def workload(settings: Settings, processes: int | None = None) -> Workload:
+def workload(settings: Settings, processes: int | None = None, kind: str | None = None) -> Workload:
     """One iteration of `settings`, of its largest frame size.
+
+    Args:
+        settings: of any experiment.
+        processes: ranks that share the work; None: those of the launcher.
+        kind: of device that the transformer stands on; None: the config's.
 
     Raises:
         FileNotFoundError, ValueError: the model does not say what shape it has.
@@ -68,7 +73,7 @@ def workload(settings: Settings, processes: int | None = None) -> Workload:
         processes=processes or int(os.environ.get("WORLD_SIZE", "1")),
         zero=getattr(engine, "stage", 0),
         decoder=decoder,
-        encoder=encoder_bytes(model) if encoder_device(settings) == device_kind(settings.device) else 0,
+        encoder=0 if encoder_elsewhere(settings, kind or device_kind(settings.device)) else encoder_bytes(model),
         switches=switches(settings),
     )
 
@@ -132,10 +137,10 @@ def decoder_of(model: Any) -> Decoder:
     return Decoder(config["base_dim"], tuple(config["dim_mult"]), config["num_res_blocks"], parameters, BYTES[width])
 
 
-def encoder_device(settings: Settings) -> str:
-    """Kind of device that the text encoder stands on."""
+def encoder_elsewhere(settings: Settings, kind: str) -> bool:
+    """Whether the text encoder stands on another kind of device than the transformer."""
     own = getattr(settings.model, "encoder_device", None)
-    return device_kind(settings.device if own is None else own)
+    return own is not None and device_kind(own) != kind
 
 
 def encoder_bytes(model: Any) -> int:
