@@ -78,7 +78,9 @@ class Sources:
     """Finds or trains what the rows measure.
 
     Args:
-        learned: folder of the cells of `learn.py`; where: of `ablation_step1.py`; out: of this script's own.
+        learned: folder of the cells of `learn.py`.
+        where: folder of the cells of `ablation_step1.py`.
+        out: folder of this script's own cells.
         updates: of GRPO.
         steps: of the last stage of students that were not made by the shipped chain.
     """

@@ -19,8 +19,9 @@ from metrics.frechet import frechet_distance
 from metrics.intervals import Estimate, jackknife, of_mean
 from metrics.scripted import Scripted
 from metrics.smoothness import smoothness
-from runtime import cells
-from runtime.config import CONF, Plan, validate
+from runtime import cells, schema
+from runtime.config import CONF, Plan, plain, validate
+from runtime.settings import Settings
 from runtime.side_by_side import read, write
 
 
@@ -222,6 +223,10 @@ def test_the_tables_train_what_is_missing_measure_every_row_and_stand_beside_the
         "chunk3_weak_1",
         "chunk3_grpo_1",
     ]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        for script, name, overrides in started:
+            if name in ("no_self_rollout_weak_0", "chunk3_weak_0", "chunk3_grpo_0", "cache15_0", "teacher_0"):
+                schema.build(Settings, plain(compose(Path(script).stem, list(overrides))))  # every key exists
     text = (tmp_path / "results" / "tables.md").read_text()
     assert text.count("the paper") == 10 and "353.75" in text and "features of toy" in text
     assert (tmp_path / "results" / "tables.png").stat().st_size > 0

@@ -43,10 +43,21 @@ class TestFrechet:
         assert frechet_distance(x @ rotation, y @ rotation) == pytest.approx(frechet_distance(x, y), abs=1e-9)
 
     def test_equals_torchmetrics(self) -> None:
+        """On an extractor that both are given."""
         fid = pytest.importorskip("torchmetrics.image.fid", exc_type=ImportError)
-        x, y = normal(80, 7, 4), normal(90, 7, 5) @ normal(7, 7, 6)
-        theirs = fid._compute_fid(x.mean(0), x.T.cov(), y.mean(0), y.T.cov())
-        assert frechet_distance(x, y) == pytest.approx(float(theirs), rel=1e-10)
+
+        class Pixels(torch.nn.Module):
+            num_features = 6
+
+            def forward(self, images: torch.Tensor) -> torch.Tensor:
+                return images.double().flatten(1)[:, :6] / 255
+
+        g = torch.Generator().manual_seed(4)
+        x, y = (torch.randint(0, high, (80, 3, 4, 4), generator=g, dtype=torch.uint8) for high in (255, 200))
+        theirs = fid.FrechetInceptionDistance(feature=Pixels()).set_dtype(torch.float64)
+        theirs.update(x, real=True)
+        theirs.update(y, real=False)
+        assert frechet_distance(Pixels()(x), Pixels()(y)) == pytest.approx(float(theirs.compute()), abs=1e-8)
 
     def test_singular_covariance_is_finite_and_warns(self) -> None:
         with pytest.warns(UserWarning, match="4 samples for 9 dimensions"):
