@@ -72,7 +72,7 @@ def first_frame(session: Session, repeats: int, compile: str = "none") -> Rows:
     rows: Rows = [{"part": name, **percentiles([row[name] for row in found[1:]])} for name in PARTS]
     without = [sum(row.values()) - row["text"] for row in found[1:]]
     whole = {"part": "until the first frame, prompt aside", **percentiles(without)}
-    return [*rows, whole | {"samples": len(without), "goal on a GPU": FIRST_GOAL}]
+    return [*rows, whole | {"samples": len(without), "GPU aim": FIRST_GOAL}]
 
 
 @torch.no_grad()
@@ -105,7 +105,7 @@ def steady(session: Session, frames: int, compile: str = "none") -> Rows:
             "chunks": frames,
             "seconds a chunk": seconds / frames,
             "pixel frames per s": rate,
-            "goal on a GPU": RATE_GOAL,
+            "GPU aim": RATE_GOAL,
             **{f"control to frame {name}, s": value for name, value in percentiles(latencies).items()},
             "mean, s": statistics.mean(latencies),
         }

@@ -1,8 +1,9 @@
 """Our passes against diffusers' own forward: the same weights and tokens, in one process, in turns.
 
 diffusers' forward sees all frames at once and both ways; a cached pass sees a window. `one block` computes exactly what
-diffusers computes, so its ratio is overhead and nothing else; the others are seconds per token, clean passes and all, on
-the attention that they need.
+diffusers computes, so its ratio is overhead and nothing else; the others are seconds per token, clean passes and all,
+on the attention that they need. Where frames are small, what counts is the number of calls: `each frame alone` is
+diffusers' forward called for every frame, without any history.
 """
 
 from __future__ import annotations
@@ -57,6 +58,12 @@ def overhead(session: Session, repeats: int) -> Rows:
         out: Tensor = theirs(x.transpose(1, 2), 1000 * level[:, 0], text, image, return_dict=False)[0]
         return out.transpose(1, 2)
 
+    def alone() -> Tensor:
+        level0 = 1000 * level[:, 0]
+        return torch.cat(
+            [theirs(x[:, m, :, None], level0, text, image, return_dict=False)[0] for m in range(frames)], 2
+        )
+
     def parallel(causality: Causality) -> Tensor:
         return ours.parallel(x, x, level, text, causality=causality, image=image)
 
@@ -72,6 +79,7 @@ def overhead(session: Session, repeats: int) -> Rows:
     ways: dict[str, tuple[Callable[[], Tensor], int]] = {
         "diffusers' forward": (reference, frames),
         "one block": (lambda: parallel(block), frames),
+        "diffusers', each frame alone": (alone, frames),
         "parallel": (lambda: parallel(rule), frames + (frames - 1) // rule.chunk * rule.chunk),
         "cached": (lambda: cached(lambda: KVCache(rule)), 2 * frames),
         "ring cache": (lambda: cached(lambda: RingCache(ours, rule, 1, tokens)), 2 * frames),
@@ -105,7 +113,15 @@ def _work(config: Any, rule: Causality, frames: int, tokens: int, text: int, ima
         cached += 2 * of_pass(config, rule.chunk, tokens, pairs, later).forward
     past = (frames - 1) // rule.chunk * rule.chunk
     both = history.forward + present.forward if past else present.forward
-    return {"diffusers' forward": whole, "one block": whole, "parallel": both, "cached": cached, "ring cache": cached}
+    single = frames * of_pass(config, 1, tokens, 1, Context(text, image, 1 if image else 0)).forward
+    return {
+        "diffusers' forward": whole,
+        "one block": whole,
+        "diffusers', each frame alone": single,
+        "parallel": both,
+        "cached": cached,
+        "ring cache": cached,
+    }
 
 
 def _check(ways: dict[str, tuple[Callable[[], Tensor], int]], dtype: torch.dtype) -> None:
