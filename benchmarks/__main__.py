@@ -1,6 +1,6 @@
-"""`make bench`: `python -m benchmarks [--iterations 5] [--repeats 3] [--batches 1,4,16,64] [--name NAME]`.
+"""`make bench`: `python -m benchmarks [--only live,overhead] [--iterations 5] [--repeats 3] [--batches 1,4,16,64] ...`.
 
-Other arguments are overrides as for `experiments/grpo.py`, such as `device=cuda engine.threads=1`.
+Other arguments are overrides as for `experiments/grpo.py`, such as `device=cuda model=wan2.1_1.3b model.random=true`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import re
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,8 @@ from typing import Any
 from runtime import cli
 from runtime.config import Plan
 
+PARTS = ["rescoring", "rollout", "generation", "live", "overhead", "iteration"]
+COMPILE = ("none", "default", "reduce-overhead", "max-autotune")
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -42,26 +45,39 @@ def run(plan: Plan, options: argparse.Namespace) -> None:
 
 
 def measurements(session: Any, options: argparse.Namespace, console: Any) -> dict[str, Any]:
-    """All measurements of a session, by title."""
-    from benchmarks import iteration, policy
+    """The chosen measurements of a session, by title."""
+    from benchmarks.live import facts
     from benchmarks.measure import conditions
+
+    result: dict[str, Any] = {"conditions": {**conditions(session), **facts(session), "medians of": options.repeats}}
+    for name, measure in parts(session, options).items():
+        if name in options.only:
+            with console.status(name):
+                result |= measure()
+    return result
+
+
+def parts(session: Any, options: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]]:
+    """What can be measured, by the names that `--only` knows; the iteration comes last, for it changes the weights."""
+    from benchmarks import iteration, live, overhead, policy
 
     batches, repeats = options.batches, options.repeats
     ends = sorted({batches[0], batches[-1]})
     frames = session.settings.rollout.frames
-    result: dict[str, Any] = {"conditions": {**conditions(session), "medians of": repeats}}
-    with console.status("re-scoring"):
-        title = f"re-scoring {frames} frames: one parallel pass against replay"
-        result[title] = policy.rescoring(session, batches, repeats)
-    with console.status("rollout"):
-        title = "rollout: cached against rebuilding the history at every step"
-        result[title] = policy.caching(session, ends, repeats)
-    with console.status("generation"):
-        result["generation"] = policy.generating(session, ends, repeats)
-        result["first frame, batch 1"] = policy.first_frame(session, repeats)
-    # Last, because it changes the weights.
-    result[f"iteration, median of {options.iterations}"] = iteration.phases(session, options.iterations)
-    return result
+    scoring = f"re-scoring {frames} frames: one parallel pass against replay"
+    rebuilding = "rollout: cached against rebuilding the history at every step"
+    update = f"iteration, median of {options.iterations}"
+    return {
+        "rescoring": lambda: {scoring: policy.rescoring(session, batches, repeats)},
+        "rollout": lambda: {rebuilding: policy.caching(session, ends, repeats)},
+        "generation": lambda: {"generation": policy.generating(session, ends, repeats)},
+        "live": lambda: {
+            "first frame, batch 1, seconds": live.first_frame(session, options.samples, options.compile),
+            "steady generation, batch 1": live.steady(session, options.samples, options.compile),
+        },
+        "overhead": lambda: {f"{frames} frames, batch 1, against diffusers": overhead.overhead(session, repeats)},
+        "iteration": lambda: {update: iteration.phases(session, options.iterations, options.peak_tflops)},
+    }
 
 
 def main() -> None:
@@ -70,10 +86,16 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=5, help="updates that are timed, after one more")
     parser.add_argument("--repeats", type=int, default=3, help="repeats of every other measurement")
     parser.add_argument("--batches", type=_sizes, default=[1, 4, 16, 64], help="batch sizes, such as 1,64")
+    parser.add_argument("--only", type=_names, default=PARTS, help=f"some of {','.join(PARTS)}")
+    parser.add_argument("--samples", type=int, default=20, help="repeats of latencies, whose percentiles are given")
+    parser.add_argument("--compile", default="none", help="of live generation: none or a mode of torch.compile")
+    parser.add_argument("--peak-tflops", type=float, help="of the device; default: the maker's where it is known")
     parser.add_argument("--name", help="write benchmarks/results/NAME.json, not the run's folder")
     options, rest = parser.parse_known_args()
-    if min(options.iterations, options.repeats) < 1:
-        parser.error("--iterations and --repeats must be at least 1")
+    if min(options.iterations, options.repeats, options.samples) < 1:
+        parser.error("--iterations, --repeats and --samples must be at least 1")
+    if options.compile not in COMPILE:
+        parser.error(f"--compile must be one of {', '.join(COMPILE)}, got {options.compile!r}")
     if options.name is not None and not re.fullmatch(r"[\w-][\w.-]*", options.name):
         parser.error(f"--name must be a plain file name, got {options.name!r}")
     if {"-h", "--help"} & set(rest):
@@ -82,6 +104,13 @@ def main() -> None:
         rest.append(f"run_dir=outputs/benchmarks/{time.strftime('%Y-%m-%d_%H-%M-%S')}")
     sys.argv[1:] = rest
     cli.main("grpo", partial(run, options=options))
+
+
+def _names(text: str) -> list[str]:
+    names = text.split(",")
+    if not set(names) <= set(PARTS):
+        raise argparse.ArgumentTypeError(f"choose some of {','.join(PARTS)}")
+    return names
 
 
 def _sizes(text: str) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -18,7 +17,6 @@ from envs.rollout import assemble_rollout
 from envs.transitions import log_prob
 from policies.actor import Actor
 from runtime.session import Session
-from runtime.timing import PhaseTimer
 
 RESCORING_GOAL, CACHE_GOAL = 4.0, 3.0
 AGREE = 1e-4
@@ -186,29 +184,6 @@ def generating(session: Session, batches: list[int], repeats: int) -> Rows:
             }
         )
     return rows
-
-
-@torch.no_grad()
-def first_frame(session: Session, repeats: int) -> Rows:
-    """Seconds from image, prompt and path to the first pixel frame of one sample, and their parts."""
-    actor, video, found = session.actor, session.episodes.networks.video, []
-    timer, source = PhaseTimer(session.synchronize), clip(session)
-    for _ in range(repeats + 1):
-        timer.reset()
-        with timer.phase("encode image, path and prompt"):
-            state = session.episodes.begin(source, 1, session.settings.seed, 0)[0]
-            actor.reset()
-        with timer.phase("denoise"):
-            for _ in range(state["stochastic"].shape[2]):
-                actor(state)
-                latent = state["action"]
-                state = step(state, latent)[0]
-        with timer.phase("decode"):
-            video.decode_stream()(latent)
-        found.append(timer.seconds())
-    parts = {name: statistics.median(row[name] for row in found[1:]) for name in found[0]}
-    parts["until the first frame"] = statistics.median(sum(row.values()) for row in found[1:])
-    return [{"part": name, "seconds": seconds} for name, seconds in parts.items() if name != "rest"]
 
 
 def _agree(name: str, one: Tensor, other: Tensor) -> None:

@@ -38,7 +38,7 @@ def table(title: str, rows: Rows) -> Table:
 def _text(value: Any, column: str = "") -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if column == "share":
+    if column.startswith("share") and isinstance(value, float):
         return f"{value:.1%}"
     if isinstance(value, float):
         unit = " x" if column.startswith(("faster", "goal")) else ""

@@ -47,12 +47,12 @@ def frames_of(segment: int, indices: Sequence[int]) -> Frames:
     return tuple((segment, index) for index in indices)
 
 
-def _ids(frames: Frames, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _ids(frames: Frames, tokens: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
     pairs = torch.tensor(frames, device=device).repeat_interleave(tokens, dim=0)
     return pairs[:, 0], pairs[:, 1]
 
 
-def dense_mask(causality: Causality, queries: Frames, keys: Frames, tokens: int, device: torch.device) -> Tensor:
+def dense_mask(causality: Causality, queries: Frames, keys: Frames, tokens: int, device: torch.device | str) -> Tensor:
     """Evaluate the predicate for every pair of tokens: bool `[queries * tokens, keys * tokens]`."""
     query_segment, query_frame = _ids(queries, tokens, device)
     key_segment, key_frame = _ids(keys, tokens, device)

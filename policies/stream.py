@@ -64,7 +64,7 @@ class Stream:
         renoise: Transition | None = None,
         compile: str = "none",
     ) -> None:
-        self._model, self._rule, self._episode = transformer, causality, episode
+        self._model, self._rule, self.episode = transformer, causality, episode
         self._shape, self._renoise = latent_shape, renoise
         self._batch, device = len(episode.key), transformer.device
         _, height, width = transformer.config.patch_size
@@ -123,7 +123,7 @@ class Stream:
             frames = torch.cat([self._before, frames], 1)
             level = torch.cat([self._levels[:, -1:].expand(-1, commit), level], 1)
         first = self.frames - commit
-        e = self._episode
+        e = self.episode
         v = self._model(frames, level, e.text, self._cache, first=first, commit=commit, image=e.image, mode="cached")
         return v[:, commit:].float()
 
@@ -135,11 +135,11 @@ class Stream:
         return (mean + std * self._drawn(draws.Stream.TRANSITION_NOISE, 4, first, x.shape[1], (n,))).to(x.dtype)
 
     def _noise(self, first: int, count: int) -> Tensor:
-        length = 3 if self._episode.share_initial_noise else 4
+        length = 3 if self.episode.share_initial_noise else 4
         return self._drawn(draws.Stream.INITIAL_NOISE, length, first, count)
 
     def _drawn(self, stream: draws.Stream, length: int, first: int, count: int, rest: tuple[int, ...] = ()) -> Tensor:
-        keys = [(*key[:length], m, *rest) for key in self._episode.key for m in range(first, first + count)]
+        keys = [(*key[:length], m, *rest) for key in self.episode.key for m in range(first, first + count)]
         noise = draws.normals(stream, keys, self._shape).unflatten(0, (self._batch, count))
         return noise.to(self._levels.device, non_blocking=True)
 
@@ -173,7 +173,7 @@ class VideoStream:
     """
 
     def __init__(self, stream: Stream, codec: VideoCodec, reference: Tensor, decoder: Any = None) -> None:
-        self._stream, self._reference = stream, reference
+        self.stream, self._reference = stream, reference
         self._encoder, self._decoder = codec.encode_stream(), decoder or codec.decode_stream()
         self._side = torch.cuda.Stream(reference.device) if reference.is_cuda else None
 
@@ -188,10 +188,10 @@ class VideoStream:
         """As `step`, but nothing waits for the decoder."""
         latents = self.latents(control)
         if self._side is None:
-            return Pending(self._decode(latents))
+            return Pending(self.decode(latents))
         self._side.wait_stream(torch.cuda.current_stream(latents.device))
         with torch.cuda.stream(self._side):
-            frames = self._decode(latents)
+            frames = self.decode(latents)
             latents.record_stream(self._side)
             event = torch.cuda.Event()
             event.record(self._side)
@@ -199,33 +199,34 @@ class VideoStream:
 
     def latents(self, control: Tensor) -> Tensor:
         """The next chunk's latents `[B, k, C, h, w]`, not decoded."""
-        return self._stream.step(self.condition(control))
+        return self.stream.step(self.condition(control))
 
     def condition(self, control: Tensor) -> Tensor:
         """Encode the next chunk's control, and assemble what its frames are conditioned on: `[B, k, Cc, h, w]`."""
-        first = 1 if self._stream.frames == 0 else 4
+        first = 1 if self.stream.frames == 0 else 4
         pieces = [control[:, :, :first], *control[:, :, first:].split(4, 2)]
         encoded = [self._encoder(piece) for piece in pieces if piece.shape[2]]
-        frames = range(self._stream.frames, self._stream.frames + len(encoded))
+        frames = range(self.stream.frames, self.stream.frames + len(encoded))
         return torch.stack([self._condition(latent, m) for latent, m in zip(encoded, frames, strict=True)], 1)
 
     def mark(self) -> Any:
         """Remember this point, with the memories of encoder and decoder."""
-        return self._stream.mark(), self._encoder.clone(), self._decoder.clone()
+        return self.stream.mark(), self._encoder.clone(), self._decoder.clone()
 
     def rewind(self, mark: Any) -> None:
         """Go back to a `mark`, any number of times."""
-        self._stream.rewind(mark[0])
+        self.stream.rewind(mark[0])
         self._encoder, self._decoder = mark[1].clone(), mark[2].clone()
 
     def _condition(self, control: Tensor, m: int) -> Tensor:
         mask = control.new_full((len(control), MASK_CHANNELS, *control.shape[2:]), float(m == 0))
         image = self._reference
         if m:
-            keys = [(*key[:3], m) for key in self._stream._episode.key]
+            keys = [(*key[:3], m) for key in self.stream.episode.key]
             noise = draws.normals(draws.Stream.REFERENCE_NOISE, keys, control.shape[1:])
             image = noise.to(control.device, non_blocking=True)
         return torch.cat([mask, image, control], 1)
 
-    def _decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode the next chunk's latents `[B, k, C, h, w]`."""
         return torch.cat([self._decoder(latents[:, i]) for i in range(latents.shape[1])], 2)

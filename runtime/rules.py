@@ -29,7 +29,7 @@ def check(settings: Settings) -> None:
     """
     rl, stages = (groups, minibatches, stochasticity, alarms, precision), (step1, preferences)
     learning = rl if settings.stage is None else stages
-    for rule in (*learning, engines, trackers, scorers, frames, clips, run_folder):
+    for rule in (*learning, engines, trackers, scorers, frames, sizes, clips, run_folder):
         rule(settings)
 
 
@@ -172,6 +172,13 @@ def frames(settings: Settings) -> None:
         f"are {wanted} pixel frames; set rollout.frames "
         f"only, world.frames follows it",
     )
+
+
+def sizes(settings: Settings) -> None:
+    """Frames can be cut into the model's patches."""
+    step = getattr(settings.model, "pixel_multiple", 1)
+    odd = [f"{height}x{width}" for height, width in settings.world.buckets if height % step or width % step]
+    require(not odd, f"world.sizes has {', '.join(odd)}; height and width must be multiples of {step} for this model")
 
 
 def clips(settings: Settings) -> None:

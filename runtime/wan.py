@@ -132,6 +132,11 @@ class Wan:
         return (here if here.exists() else ROOT / here).resolve()
 
     @property
+    def pixel_multiple(self) -> int:
+        """Height and width of a frame in pixels are multiples of this: the VAE's stride times the patch."""
+        return 16
+
+    @property
     def label(self) -> str:
         """What a plan calls the model."""
         return f"wan2.1 {self.kind}, {'random weights' if self.random else f'{self.path}/{self.transformer}'}"

@@ -51,7 +51,7 @@ def _video(model: Wan, device: str) -> VideoCodec:
             vae = AutoencoderKLWan(base_dim=model.architecture.vae_dim)
     else:
         vae = AutoencoderKLWan.from_pretrained(model.source() / "vae", local_files_only=True, use_safetensors=True)
-    codec = VideoCodec(vae.to(DTYPES[model.vae_precision]))
+    codec = VideoCodec(vae.bfloat16() if model.vae_precision == "bfloat16" else vae)
     if codec.channels != LATENT:
         raise ValueError(f"model.path={model.path}: the VAE has {codec.channels} latent channels, Wan's has {LATENT}")
     return codec.to(device)

@@ -131,13 +131,13 @@ def test_one_run_prints_and_writes_everything(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "160")
-    options = ["--iterations", "1", "--repeats", "1", "--batches", "2"]
+    options = ["--iterations", "1", "--repeats", "1", "--batches", "2", "--samples", "2"]
     sizes = ["rollout.prompts=1", "rollout.group_size=2", "rollout.frames=2", "world.sizes=[16x16]"]
     code = bench(monkeypatch, *options, f"model.path={model}", "run_dir=out", "device=cpu", *sizes)
     out, err = capfd.readouterr()
     assert code == 0, err
     result = json.loads((tmp_path / "out" / "benchmark.json").read_text())
-    conditions, rescoring, caching, generation, first, phases = (
+    conditions, rescoring, caching, generation, first, steady, against, phases = (
         value for name, value in result.items() if name != "overrides"
     )
     assert {"processor", "cores", "threads", "seed", "commit", "date", "versions"} <= conditions.keys()
@@ -150,7 +150,21 @@ def test_one_run_prints_and_writes_everything(
     assert caching[0]["faster"] == pytest.approx(caching[0]["recomputed, s"] / caching[0]["cached, s"])
     row = generation[0]
     assert row["pixel frames per s"] == pytest.approx(2 * 5 / (row["acting, s"] + row["decoding, s"]))
-    assert first[-1]["seconds"] >= max(row["seconds"] for row in first[:-1])
+    assert [row["part"] for row in first[:-1]] == ["text", "image", "control", "denoise", "decode"]
+    assert first[-1]["p50"] >= max(row["p50"] for row in first[1:-1]) and first[-1]["samples"] == 2
+    assert all(row["p50"] <= row["p95"] <= row["p99"] for row in first)
+    assert steady[0]["pixel frames per s"] == pytest.approx(4 / steady[0]["seconds a chunk"])
+    assert against[0]["per token, diffusers 1"] == 1 and [row["frames through"] for row in against] == [
+        2,
+        2,
+        2,
+        3,
+        4,
+        4,
+    ]
+    update = next(row for row in phases if row["phase"] == "update")
+    assert update["TFLOP"] > 0 and 0 < update["share of a matrix product's rate"] < 1
+    assert all(row["peak GB"] > 0 for row in phases[:-1])
     for words in (
         "conditions",
         "one parallel pass",
@@ -168,6 +182,8 @@ def test_one_run_prints_and_writes_everything(
         (["--repeats", "0"], "must be at least 1"),
         (["--batches", "4,x"], "--batches"),
         (["--batches", "0"], "at least 1"),
+        (["--only", "speed"], "choose some of rescoring"),
+        (["--compile", "fast"], "--compile must be one of none"),
         (["--name", "../up"], "plain file name"),
         (["--nosuch"], "nosuch"),
         (["nosuch=1"], "nosuch does not exist"),

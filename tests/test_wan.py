@@ -200,6 +200,15 @@ def test_full_training_of_bfloat16_weights_needs_an_engine_that_keeps_more() -> 
         validate(compose("grpo", [*names, *fine]))
 
 
+@pytest.mark.parametrize("size", ["480x368", "400x400", "368x480", "640x368", "368x640", "480x832"])
+def test_every_bucket_is_accepted_and_a_size_between_is_refused(size: str) -> None:
+    names = ["model=wan2.1_1.3b", "model.random=true", "adaptation=lora"]
+    plan = validate(compose("grpo", [*names, f"world.sizes=[{size}]", "rollout.frames=21"]))
+    assert plan.settings.world.buckets == [tuple(map(int, size.split("x")))]
+    with pytest.raises(ValueError, match=r"world.sizes has 96x72; height and width must be multiples of 16"):
+        validate(compose("grpo", [*names, f"world.sizes=[{size},96x72]"]))
+
+
 def test_a_checkpoint_with_control_keeps_it(tmp_path: Path) -> None:
     """What finetune.py and distill.py write has all channels already."""
     write(tmp_path, "i2v", "diffusers")
