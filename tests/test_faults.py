@@ -79,15 +79,13 @@ def test_accumulation_does_not_change_the_update(model: Path, tmp_path: Path, al
     assert {k: v for k, v in a.items() if "log_prob" not in k} == pytest.approx(
         {k: v for k, v in b.items() if "log_prob" not in k}, rel=1e-3, abs=1e-6, nan_ok=True
     )
-    for p, q in zip(one.parameters, many.parameters, strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+    ours, theirs = (torch.cat([p.detach().flatten() for p in s.parameters]) for s in (one, many))
+    assert (ours - theirs).norm() <= 1e-5 * ours.norm()
 
 
 def test_checkpointed_activations_are_the_same_bits(model: Path, tmp_path: Path) -> None:
-    one, two = (
-        sessions(model, tmp_path / n, "adaptation=full", f"engine.activation_checkpointing={n}")
-        for n in ("false", "true")
-    )
+    key = "engine.activation_checkpointing"
+    one, two = (sessions(model, tmp_path / n, "adaptation=full", f"{key}={n}") for n in ("false", "true"))
     assert two.episodes.networks.transformer.gradient_checkpointing
     learned(one), learned(two)
     assert all(torch.equal(p, q) for p, q in zip(one.parameters, two.parameters, strict=True))
@@ -262,5 +260,5 @@ def test_an_exported_policy_comes_back(model: Path, tmp_path: Path, adaptation: 
 
 def test_memory_does_not_grow(model: Path, tmp_path: Path) -> None:
     found = trials.growth(model, tmp_path, 20, 8)
-    assert found["descriptors_then"] == found["descriptors_at_end"]
-    assert found["threads_then"] == found["threads_at_end"]
+    assert found["descriptors_0"] == found["descriptors_1"]
+    assert found["threads_0"] == found["threads_1"]
