@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import traceback
@@ -84,6 +86,7 @@ def plan(model: Path, run_dir: Path, *overrides: str, primary: str = "train") ->
 def _run(place: dict[str, str], target: Callable[..., Any], args: tuple[Any, ...]) -> None:
     import torch
 
+    faulthandler.register(signal.SIGUSR2, file=sys.__stderr__)  # kill -USR2 shows where a process stands
     os.environ |= place
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")

@@ -1,215 +1,264 @@
-"""Fifteen ways in which a reward fails, under the three policies: what docs/rewards.md says happens, in time."""
+"""What a run promises when something goes wrong; a few trials of each kind. `make soak` makes them all."""
 
 from __future__ import annotations
 
-import asyncio
-import math
-import time
-from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
-from typing import Any
+import json
+import signal
+from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from safetensors.torch import load_file
 
-from algorithms.advantages import group_advantage, group_valid
-from rewards.base import Reward, RewardFailed, RewardTerm
-from rewards.composite import Composite
-from rewards.remote import Remote, answer, read_answer
-from tests.moving import asking, line
-from tests.test_remote import free_port, served
-
-pytest.importorskip("uvicorn")
-# Two groups of two samples of two latent frames; faults that strike one sample strike the first.
-VIDEO = torch.zeros(4, 3, 5, 8, 8)
-BATCH = asking(line((1.0, 1.0), (0.1, 0.1), 5), (8, 8)).repeat(4)
-GOOD = torch.tensor([[1.0, 2], [3, 4], [5, 6], [7, 9]])
-OTHER = torch.tensor([[10.0, 20], [30, 40], [50, 60], [70, 90]])
-ANSWER = answer(RewardTerm(GOOD, GOOD > 0))
-# Seconds of a call: of faults that end by the clock, and of the others.
-SHORT, LONG = 0.5, 5.0
-LATE = 1.2
-ONE, ALL = "its group", "every group"
+from runtime import checkpoint
+from runtime.checkpoint import Snapshot
+from runtime.lock import FolderLock
+from runtime.runlog import JsonLines, read
+from runtime.session import Session
+from runtime.signals import StopFlag, Stopped
+from tests import trials
+from tests.processes import plan, together, train
 
 
-@dataclass(frozen=True)
-class Local:
-    """A reward that answers as it is told."""
+def test_kills_while_saving_leave_a_whole_checkpoint(tmp_path: Path) -> None:
+    assert trials.kills_while_saving(tmp_path, 5)["loads"] == 5
 
-    fault: str = ""
-    weight: float = 2.0
 
-    def prepare(self, context: Any) -> None:
+def test_a_killed_run_ends_as_one_that_was_not(model: Path, tmp_path: Path) -> None:
+    assert trials.kills_anywhere(model, tmp_path, 2, updates=3)["kills"] == 2
+
+
+def test_damaged_checkpoints_never_load_as_something_else(tmp_path: Path) -> None:
+    found = trials.corruptions(tmp_path, 60)
+    assert sum(found.values()) == 60 and found.get("harmless", 0) < 10
+
+
+@pytest.mark.parametrize(("ranks", "number"), [(1, signal.SIGTERM), (1, signal.SIGUSR1), (2, signal.SIGINT)])
+def test_a_signal_loses_no_update(model: Path, tmp_path: Path, ranks: int, number: int) -> None:
+    assert trials.terminations(model, tmp_path, 1, ranks, number, seed=ranks + number)["updates_lost"] == 0
+
+
+@pytest.mark.parametrize("engine", ["plain", "deepspeed_z2"])
+@pytest.mark.parametrize("point", ["latent", "gradient"])
+def test_what_is_not_finite_reaches_no_weights_and_can_be_seen_again(
+    model: Path, tmp_path: Path, point: str, engine: str
+) -> None:
+    if engine != "plain":
+        pytest.importorskip("deepspeed")
+    run_dir = trials.injection(model, tmp_path, point, f"engine={engine}")
+    rows = read(run_dir)
+    assert [row["step"] for row in rows if f"skipped/{point}" in row] == [2]
+    if engine == "plain":
+        together(1, trials.replayed, run_dir / "replay" / "step_000001")
+
+
+def test_every_engine_computes_the_same_update(model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    found = trials.engines(model, tmp_path, 1)
+    assert len(found) == len(trials.ENGINES)
+
+
+def sessions(model: Path, folder: Path, *overrides: str) -> Session:
+    made = plan(model, folder, "reward=aesthetic", *overrides)
+    return Session(made.settings, made.config)
+
+
+def learned(session: Session) -> dict[str, float]:
+    rollout = session.rollout()
+    return session.score(rollout, session.decode(rollout)) | session.update(rollout)
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "ppo", "dpo", "nft"])
+def test_accumulation_does_not_change_the_update(model: Path, tmp_path: Path, algorithm: str) -> None:
+    options = [f"algorithm={algorithm}", "rollout.group_size=4", "reward=aesthetic"]
+    options += ["algorithm.margin=0"] if algorithm == "dpo" else []
+    options += ["algorithm.minibatches=2", "algorithm.epochs=1"]
+    one, many = (sessions(model, tmp_path / n, *options, f"engine.accumulation={n}") for n in ("1", "3"))
+    a, b = learned(one), learned(many)
+    assert a.keys() == b.keys() and a["grad_norm"] > 0
+    assert {k: v for k, v in a.items() if "log_prob" not in k} == pytest.approx(
+        {k: v for k, v in b.items() if "log_prob" not in k}, rel=1e-3, abs=1e-6, nan_ok=True
+    )
+    ours, theirs = (torch.cat([p.detach().flatten() for p in s.parameters]) for s in (one, many))
+    assert (ours - theirs).norm() <= 1e-5 * ours.norm()
+
+
+def test_checkpointed_activations_are_the_same_bits(model: Path, tmp_path: Path) -> None:
+    key = "engine.activation_checkpointing"
+    one, two = (sessions(model, tmp_path / n, "adaptation=full", f"{key}={n}") for n in ("false", "true"))
+    assert two.episodes.networks.transformer.gradient_checkpointing
+    learned(one), learned(two)
+    assert all(torch.equal(p, q) for p, q in zip(one.parameters, two.parameters, strict=True))
+
+
+def test_bf16_is_of_the_network_alone(model: Path, tmp_path: Path) -> None:
+    options = ["adaptation=full", "rollout.history_gradient=false", "algorithm.minibatches=1"]
+    one, two = (sessions(model, tmp_path / n, *options, f"engine.precision={n}") for n in ("fp32", "bf16"))
+    rollout = one.rollout()
+    one.score(rollout, one.decode(rollout))
+    gradients = []
+    for session in (one, two):
+        found = session.loss_module(rollout)
+        assert found["loss_objective"].dtype == torch.float32
+        found["loss_objective"].backward()
+        # A weight that autocast's cache holds without a graph would have no gradient at all.
+        gradients.append(torch.cat([p.grad.flatten() for p in session.parameters if p.grad is not None]))
+    assert gradients[0].shape == gradients[1].shape and not torch.equal(*gradients)
+    assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.98
+    learned(two)  # acting and re-scoring agree to bf16's rounding
+    assert all(p.dtype == torch.float32 for p in two.parameters)
+
+
+def test_draws_and_clips_do_not_depend_on_the_number_of_processes(model: Path, tmp_path: Path) -> None:
+    episodes = sessions(model, tmp_path, "rollout.prompts=4").episodes
+    whole, clips = episodes.training(3, 5)
+    parts = [episodes.training(3, 5, rank, 2) for rank in range(2)]
+    assert [name for _, part in parts for name in part.names] == clips.names
+    for key in ("key", "latents", "stochastic"):
+        assert torch.equal(torch.cat([state[key] for state, _ in parts]), whole[key])
+
+
+def test_an_optimizer_of_deepspeed_comes_back_exactly(model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    options = [*trials.RUN, "engine=deepspeed_z2"]
+    together(2, train, model, tmp_path / "whole", *options, "updates=2")
+    together(2, train, model, tmp_path / "parts", *options, "updates=1")
+    together(2, train, model, tmp_path / "parts", *options, "updates=2", "resume=true")
+    assert trials.weights(tmp_path / "whole") == trials.weights(tmp_path / "parts")
+    with pytest.raises(ValueError, match=r"engine\..*; processes: 2 -> 1; undo that"):
+        sessions(model, tmp_path / "parts", *trials.RUN, "updates=3", "resume=true")
+
+
+def test_a_stop_leaves_the_weights_of_the_last_update(model: Path, tmp_path: Path) -> None:
+    session = sessions(model, tmp_path)
+    learned(session)
+    before = [p.clone() for p in session.parameters]
+    session.stop.requested = True
+    with pytest.raises(Stopped):
+        session.rollout()
+    session.save(required=True)
+    assert session.iteration == 1 and all(torch.equal(a, b) for a, b in zip(before, session.parameters, strict=True))
+
+
+def test_what_a_launcher_sends_twice_is_one_request() -> None:
+    with StopFlag() as stop:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.raise_signal(number)
+        with pytest.raises(Stopped):
+            stop.poll()
+
+
+def test_two_runs_never_share_a_folder(tmp_path: Path) -> None:
+    with FolderLock(tmp_path), pytest.raises(ValueError, match=r"in use by process \d+"), FolderLock(tmp_path):
+        pass
+    with FolderLock(tmp_path):
         pass
 
-    def score(self, video: Tensor, batch: Any) -> RewardTerm:
-        value, valid = GOOD.clone(), GOOD > 0
-        if self.fault == "raise":
-            raise ZeroDivisionError("no one expects it")
-        if self.fault in ("nan", "inf"):
-            value[0, 1] = float(self.fault)
-        shapes = {"wrong shape": (4, 3), "wrong length": (3, 2)}
-        if self.fault in shapes:
-            return RewardTerm(torch.ones(shapes[self.fault]), torch.ones(shapes[self.fault]).bool())
-        if self.fault == "none":
-            rows: Any = [None, *value[1:]]
-            return RewardTerm(rows, valid)
-        return RewardTerm(value, valid)
+
+def test_the_best_checkpoint_stays(tmp_path: Path) -> None:
+    for step in range(1, 6):
+        checkpoint.save(tmp_path, Snapshot(step, {}, {"weights": {"w": torch.ones(1)}}), keep=2, best=2)
+    assert checkpoint.complete_steps(tmp_path) == [2, 4, 5]
 
 
-def service() -> Any:
-    """Answers a request to /<fault>/score by failing in that way."""
-    from starlette.applications import Starlette
-    from starlette.requests import Request
-    from starlette.responses import PlainTextResponse, Response, StreamingResponse
-    from starlette.routing import Route
-
-    async def trickle() -> AsyncIterator[bytes]:
-        for i in range(10):
-            yield ANSWER[i : i + 1]
-            await asyncio.sleep(LATE / 10)
-        yield ANSWER[10:]
-
-    async def respond(request: Request) -> Response:
-        await request.body()
-        fault = request.path_params["fault"]
-        if fault in ("hang", "late answer"):
-            await asyncio.sleep(LATE)
-        if fault == "slow answer":
-            return StreamingResponse(trickle())
-        if fault in ("500", "429"):
-            return PlainTextResponse("not now", status_code=int(fault))
-        bodies = {
-            "hang": b"",
-            "truncated json": ANSWER[:40],
-            "10 MB": ANSWER + bytes(10_000_000),
-            "wrong version": ANSWER.replace(b"ardrag-reward-1", b"ardrag-reward-2"),
-        }
-        return Response(bodies.get(fault, ANSWER))
-
-    return Starlette(routes=[Route("/{fault}/score", respond, methods=["POST"])])
+def test_a_run_keeps_the_checkpoint_that_its_evaluation_prefers(model: Path, tmp_path: Path) -> None:
+    together(1, train, model, tmp_path, *trials.RUN, "updates=4", "evaluation.every=1", "saving.keep=1",
+             "saving.best=frechet", "optimizer.lr=1e-2")  # fmt: skip
+    curve = json.loads((tmp_path / "evaluation.json").read_text())["curve"]
+    best = min(curve[1:], key=lambda row: row["frechet"])["update"]
+    assert checkpoint.complete_steps(tmp_path) == sorted({best, 4})
 
 
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with served(service()) as found:
-        yield found
+def test_a_full_disk_ends_no_run_and_hurts_no_checkpoint(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import safetensors.torch
+
+    from tests.faulty import full_disk
+
+    monkeypatch.setattr(safetensors.torch, "save_file", safetensors.torch.save_file)
+    full_disk(tmp_path / "flag")
+    session, said = sessions(model, tmp_path / "run"), []
+    session.notice = said.append
+    learned(session)
+    session.save()
+    (tmp_path / "flag").touch()
+    for _ in range(2):
+        learned(session)
+        session.save()
+        assert session.unsaved and checkpoint.complete_steps(session.run_dir) == [1]
+    assert len(said) == 1 and "No space left on device" in said[0]
+    with pytest.raises(OSError, match="free space, then go on with"):
+        session.save(required=True)
+    (tmp_path / "flag").unlink()
+    session.save()
+    assert checkpoint.complete_steps(session.run_dir) == [1, 3] and not session.unsaved
 
 
-# fault: (how much of the batch it strikes, what is said of it)
-FAULTS = {
-    "raise": (ALL, "ZeroDivisionError: no one expects it"),
-    "nan": (ONE, "invalid for 1 of 4 samples"),
-    "inf": (ONE, "invalid for 1 of 4 samples"),
-    "wrong shape": (ALL, r"its value is torch.float32 \(4, 3\), expected numbers of shape \(4, 2\)"),
-    "wrong length": (ALL, r"its value is torch.float32 \(3, 2\)"),
-    "none": (ALL, "its value is list"),
-    "hang": (ALL, "no answer"),
-    "500": (ALL, "answers 500: not now"),
-    "429": (ALL, "answers 429: not now"),
-    "slow answer": (ALL, "out of time"),
-    "truncated json": (ALL, "a wrong answer: not a message"),
-    "10 MB": (ALL, "a wrong answer: more than"),
-    "refused": (ALL, "no answer .ConnectError"),
-    "late answer": (ALL, "out of time"),
-    "wrong version": (ALL, "not a message of ardrag-reward-1: ardrag-reward-2"),
-}
-LOCAL = list(FAULTS)[:6]
+def test_a_log_whose_folder_goes_loses_no_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import shutil
+
+    log = JsonLines(tmp_path / "run")
+    log.log(1, {"reward": 1.0})
+    shutil.rmtree(tmp_path / "run")
+    log.log(2, {"reward": 2.0})
+    assert [row["step"] for row in read(tmp_path / "run")] == [1, 2]
+    shutil.rmtree(tmp_path / "run")
+    (tmp_path / "run").write_text("no folder can be made here")
+    for step in (3, 4):
+        log.log(step, {"reward": 3.0})
+    assert capsys.readouterr().err.count("cannot be written") == 1
+    (tmp_path / "run").unlink()
+    log.close()
+    assert [row["step"] for row in read(tmp_path / "run")] == [1, 2, 3, 4]
 
 
-def deadline(fault: str) -> float:
-    return SHORT if fault in ("hang", "slow answer", "late answer") else LONG
+def test_adapters_that_a_run_starts_from_belong_to_its_reference(model: Path, tmp_path: Path) -> None:
+    lora = ["adaptation=lora", "adaptation.rank=2", "optimizer.lr=1e-1"]
+    first = sessions(model, tmp_path / "first", *lora)
+    learned(first)
+    first.save()
+    start = f"checkpoint={checkpoint.folder_of(first.run_dir, 1)}"
+    again = sessions(model, tmp_path / "again", *lora, start)
+    rollout = again.rollout()
+    with torch.no_grad():
+        now, initial = again.actor.evaluate(rollout), again.loss_module.reference.evaluate(rollout)
+    assert torch.equal(now["mean"], initial["mean"])
+    assert learned(again)["kl"] == 0
 
 
-def failing(fault: str, url: str) -> Reward:
-    if fault in LOCAL:
-        return Local(fault)
-    place = f"http://127.0.0.1:{free_port()}" if fault == "refused" else f"{url}/{fault}"
-    return Remote(2.0, place, deadline=deadline(fault), retries=1, breaker=99)
+def test_a_checkpoint_brings_its_critic(model: Path, tmp_path: Path) -> None:
+    first = sessions(model, tmp_path / "first", "algorithm=ppo")
+    learned(first)
+    first.save()
+    start = f"checkpoint={checkpoint.folder_of(first.run_dir, 1)}"
+    again = sessions(model, tmp_path / "again", "algorithm=ppo", start)
+    assert all(torch.equal(a, b) for a, b in zip(first.critic.parameters(), again.critic.parameters(), strict=True))
+    with pytest.warns(UserWarning, match="critic of another kind"):
+        sessions(model, tmp_path / "other", "algorithm=ppo", "algorithm.critic=net", start)
 
 
-def test_there_are_fifteen_and_the_service_is_right_otherwise(url: str) -> None:
-    assert len(FAULTS) == 15
-    assert torch.equal(Remote(url=f"{url}/none of them").score(VIDEO, BATCH).value, GOOD)
+@pytest.mark.parametrize("adaptation", ["lora", "full"])
+def test_an_exported_policy_comes_back(model: Path, tmp_path: Path, adaptation: str) -> None:
+    from experiments import export
+
+    options = [f"adaptation={adaptation}", *(["adaptation.rank=2"] if adaptation == "lora" else [])]
+    session = sessions(model, tmp_path / "run", *options, "optimizer.lr=1e-2")
+    learned(session)
+    session.save()
+    start = f"checkpoint={checkpoint.folder_of(session.run_dir, 1)}"
+    export.run(plan(model, tmp_path / "out", *options, start, primary="export"))
+    back = sessions(model, tmp_path / "back", f"model.transformer={tmp_path / 'out' / 'transformer'}")
+    rollout = session.rollout()
+    with torch.no_grad():
+        ours, theirs = (s.actor.evaluate(rollout)["mean"] for s in (session, back))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    if adaptation == "full":
+        assert torch.equal(ours, theirs)
+    assert load_file(next((tmp_path / "out" / "transformer").glob("*.safetensors")))
 
 
-@pytest.mark.filterwarnings("ignore:reward bad failed")
-@pytest.mark.parametrize("policy", ["skip the group", "drop the term", "stop"])
-@pytest.mark.parametrize("fault", FAULTS)
-def test_every_fault_has_its_outcome_in_time(fault: str, policy: str, url: str) -> None:
-    struck, words = FAULTS[fault]
-    terms: dict[str, Reward] = {"bad": failing(fault, url), "good": Given()}
-    optional = ["bad"] if policy == "drop the term" else []
-    composite = Composite(terms, on_failure="stop" if policy == "stop" else "drop", optional=optional)
-    began = time.monotonic()
-    if policy == "stop":
-        with pytest.raises(RewardFailed, match=f"^reward bad .*{words}"):
-            composite.score(VIDEO, BATCH, group=2)
-        assert time.monotonic() - began < deadline(fault) + 0.4
-        return
-    evaluated = composite.evaluate(VIDEO, BATCH)
-    assert time.monotonic() - began < deadline(fault) + 0.4
-    found = composite.add(evaluated, group=2)
-    hit = torch.tensor([True, True, struck == ALL, struck == ALL])
-    whole, without = 2 * GOOD + OTHER, OTHER
-    trained = group_valid(found["valid"], 2)[:, 0]
-    assert found["reward"].isfinite().all()
-    assert evaluated["bad"].metrics["failed"] == (1.0 if struck == ALL else 0.25)
-    if policy == "skip the group":
-        assert torch.equal(trained, ~hit), "no sample of a group that was struck is learned from"
-        assert torch.equal(found["reward"][trained], whole[trained])
-        assert group_advantage(found["reward"], 2)[trained].isfinite().all()
-    else:
-        assert trained.all()
-        assert torch.equal(found["reward"], torch.where(hit[:, None], without, whole)), "one sum for a whole group"
-
-
-class Given:
-    """A reward that works."""
-
-    weight = 1.0
-
-    def prepare(self, context: Any) -> None: ...
-
-    def score(self, video: Tensor, batch: Any) -> RewardTerm:
-        return RewardTerm(OTHER, OTHER > 0)
-
-
-def test_a_late_answer_is_not_taken_for_the_next_one(url: str) -> None:
-    remote = Remote(url=f"{url}/late answer", deadline=0.3, retries=0)
-    with pytest.raises(RewardFailed, match="out of time"):
-        remote.score(VIDEO, BATCH)
-    other = Remote(url=f"{url}/none of them")
-    time.sleep(LATE)
-    assert torch.equal(other.score(VIDEO, BATCH).value, GOOD)
-
-
-def test_a_group_whose_terms_have_all_failed_is_dropped_although_each_is_optional() -> None:
-    composite = Composite({"bad": Local("nan")}, optional=["bad"])
-    assert composite.score(VIDEO, BATCH, group=2)["valid"].all(1).tolist() == [False, False, True, True]
-
-
-def test_without_groups_an_optional_term_counts_for_all_samples_or_none() -> None:
-    composite = Composite({"bad": Local("nan"), "good": Given()}, optional=["bad"])
-    assert torch.equal(composite.score(VIDEO, BATCH)["reward"], OTHER)
-
-
-def test_normalized_terms_leave_out_what_failed() -> None:
-    composite = Composite({"bad": Local("nan"), "good": Given()}, "normalize_then_sum", epsilon=1e-8, optional=["bad"])
-    found = composite.score(VIDEO, BATCH, group=2)["reward"]
-    torch.testing.assert_close(found[:2], torch.tensor([[-1.0, -1], [1, 1]]), atol=1e-5, rtol=0)
-    torch.testing.assert_close(found[2:], torch.tensor([[-3.0, -3], [3, 3]]), atol=1e-5, rtol=0)
-
-
-def test_failures_are_said_aloud_and_unknown_names_refused() -> None:
-    with pytest.warns(UserWarning, match="reward bad failed and is left out: ZeroDivisionError"):
-        Composite({"bad": Local("raise")}).score(VIDEO, BATCH)
-    with pytest.raises(ValueError, match="optional names aesthetic, which is none of the terms bad"):
-        Composite({"bad": Local()}, optional=["aesthetic"])
-
-
-def test_an_answer_holds_numbers_of_the_right_size_only() -> None:
-    assert math.prod(read_answer(ANSWER, 4, 2).value.shape) == 8
-    with pytest.raises(ValueError, match="expected"):
-        read_answer(ANSWER, 2, 4)
+def test_memory_does_not_grow(model: Path, tmp_path: Path) -> None:
+    found = trials.growth(model, tmp_path, 20, 8)
+    assert found["descriptors_0"] == found["descriptors_1"]
+    assert found["threads_0"] == found["threads_1"]

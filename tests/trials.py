@@ -55,7 +55,7 @@ def kills_while_saving(folder: Path, trials: int, seed: int = 0) -> dict[str, in
         before = max(checkpoint.complete_steps(folder), default=0)
         (process,) = begin(1, _save_for_ever, folder)
         while max(checkpoint.complete_steps(folder), default=0) <= before:
-            time.sleep(0.001)
+            time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.05))
         process.kill()
         process.join()
@@ -218,10 +218,8 @@ def injection(model: Path, folder: Path, point: str, *overrides: str, ranks: int
     together(ranks, _spoiled, model, run_dir, point, last, iteration, *options)
     digests = {(run_dir / f"digest{rank}").read_text() for rank in range(ranks)}
     assert len(digests) == 1 and digests.pop().split()[0] == point
-    steps = [
-        checkpoint.load(run_dir / "checkpoints" / f"step_{n:06d}").tensors["weights"]
-        for n in (iteration, iteration + 1)
-    ]
+    saved = [run_dir / "checkpoints" / f"step_{n:06d}" for n in (iteration, iteration + 1)]
+    steps = [checkpoint.load(path).tensors["weights"] for path in saved]
     assert all(steps[0][k].numpy().tobytes() == steps[1][k].numpy().tobytes() for k in steps[0])
     return run_dir
 
@@ -230,14 +228,8 @@ def growth(model: Path, folder: Path, updates: int, warmup: int) -> dict[str, fl
     """Memory, file descriptors and threads of a run after `warmup` updates and at its end."""
     together(1, _watched, model, folder, updates, warmup)
     first, last = json.loads((folder / "growth.json").read_text())
-    return {
-        "memory_growth_percent": round(100 * (last["rss"] / first["rss"] - 1), 3),
-        **{
-            f"{k}_{when}": row[k]
-            for k in ("descriptors", "threads")
-            for when, row in (("then", first), ("at_end", last))
-        },
-    }
+    counts = {f"{k}_{when}": row[k] for k in ("descriptors", "threads") for when, row in (("0", first), ("1", last))}
+    return {"memory_growth_percent": round(100 * (last["rss"] / first["rss"] - 1), 3), **counts}
 
 
 def _watched(model: Path, run_dir: Path, updates: int, warmup: int) -> None:
@@ -288,7 +280,8 @@ def soak(
             flags[fault].touch()
             _wait(5, process)
             flags[fault].unlink()
-    process, _ = _stopped(process), _stopped(quiet)
+    _stopped(process)
+    _stopped(quiet)
     rows = [
         dict(line.split() for line in (folder / name / "hashes").read_text().splitlines()) for name in ("quiet", "run")
     ]
