@@ -26,6 +26,7 @@ from runtime.cli import readable
 from runtime.config import CONF, plain, validate
 from runtime.explain import known_keys
 from runtime.machine import Check, size
+from runtime.overrides import check
 from runtime.settings import Settings
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def configured(experiment: str, overrides: list[str], folder: str | None) -> tup
     GlobalHydra.instance().clear()
     settings = None
     try:
+        check(overrides)
         with initialize_config_dir(str(CONF), version_base="1.3"):
             cfg = compose(experiment, [*where, *overrides])
         settings = schema.build(Settings, plain(cfg))

@@ -32,6 +32,7 @@ from omegaconf import DictConfig
 from runtime import STARTED
 from runtime.config import CONF, Plan, one_line, validate
 from runtime.explain import explain, known_keys
+from runtime.overrides import check
 from runtime.schema import suggest
 
 FAILED, REFUSED = 1, 2
@@ -74,11 +75,14 @@ def main(config_name: str, run: Callable[[Plan], None], prepare: Prepare = lambd
         # a scratch folder holds its Python file beside its YAML
         sys.path.append(str(Path(options.config_dir).resolve()))
     outcome = _Outcome(wanted=_wants_traceback())
+    known = partial(known_keys, config_name, options.config_dir)
+    refused = outcome.guard(lambda: check(overrides), known)
+    if refused:
+        sys.exit(refused)
     if options.help:
-        sys.exit(outcome.guard(lambda: print(explain(config_name, overrides, options.config_dir))))
+        sys.exit(outcome.guard(lambda: print(explain(config_name, overrides, options.config_dir)), known))
     job = _Job(config_name, run, outcome, prepare)
     compose_and_run = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job.task)
-    known = partial(known_keys, config_name, options.config_dir)
     with _raw_errors(), _sweeps_that_go_on(outcome, known):
         code = outcome.guard(compose_and_run, known)
     if outcome.cells > 1 and outcome.codes:
@@ -110,9 +114,6 @@ class _Outcome:
             action()
         except (HydraException, SetupError, ValueError, OSError) as error:
             return self.report(readable(error, known), REFUSED)
-        except TypeError:
-            # Hydra 1.3 trips over `world=[1,2]`; errors of the run itself never come this far.
-            return self.report("a config group takes the name of a choice, such as world=sprites, not numbers", REFUSED)
         return 0
 
 
@@ -178,9 +179,10 @@ def _arguments() -> tuple[argparse.Namespace, list[str]]:
 def _sweeps_that_go_on(outcome: _Outcome, known: Callable[[], list[str]]) -> Iterator[None]:
     """Leave cells that cannot be composed out of a sweep, each with its line; Hydra would refuse the whole sweep."""
 
-    def check(sweeper: Any, batch: list[Sequence[str]]) -> None:
+    def compose_each(sweeper: Any, batch: list[Sequence[str]]) -> None:
         for overrides in list(batch):
             try:
+                check(overrides)
                 sweeper.hydra_context.config_loader.load_sweep_config(sweeper.config, list(overrides))
             except HydraException as error:
                 code = outcome.report(f"{' '.join(overrides)}: {readable(error, known)}", REFUSED)
@@ -188,7 +190,7 @@ def _sweeps_that_go_on(outcome: _Outcome, known: Callable[[], list[str]]) -> Ite
                 batch.remove(overrides)
 
     before = Sweeper.validate_batch_is_legal
-    Sweeper.validate_batch_is_legal = check  # type: ignore[method-assign, assignment]
+    Sweeper.validate_batch_is_legal = compose_each  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

@@ -67,7 +67,11 @@ def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], 
         (["rewrd=motion"], ["did you mean 'reward'"]),
         (["updates=1.5"], ["integer"]),
         (["updates=["], ["'['"]),
-        (["world=[1,2]"], ["config group", "world=sprites"]),
+        (["world=[1,2]"], ["world=[1,2]: a config group takes the name of a choice, such as world=clips"]),
+        (["--help", "world=[1,2]"], ["world=[1,2]: a config group takes the name of a choice"]),
+        (["-m", "seed=1,2", "tracker@evaluation.tracker=[1]"], ["tracker@evaluation.tracker=[1]: a config group"]),
+        (["reward=null"], ["reward=null: a config group takes the name of a choice, such as reward=aesthetic"]),
+        (["reward=motion+[aesthetic"], ["reward=motion+[aesthetic: cannot be read", "quote"]),
         (["model.path=${nosuch}"], ["nosuch"]),
         (["--config-dir", "/does/not/exist"], ["/does/not/exist"]),
     ],
@@ -129,6 +133,20 @@ def test_a_sweep_goes_on_where_a_cell_cannot_be_composed(command: Run) -> None:
     assert all(line.startswith("error: ") for line in err.splitlines())
     code, out, err = command("-m", "seed=1,2", "nosuch.key=1,2")
     assert code == 2 and not out and "nosuch.key does not exist" in err
+    code, out, err = command("-m", "seed=1,2", "world=sprites,[1,2]")
+    assert code == 2 and [line.split()[-1] for line in out.splitlines()] == ["1", "2"]
+    assert err.count("world=[1,2]: a config group takes the name of a choice") == 2 and "2 of 4 runs" in err
+
+
+def test_a_type_error_of_an_experiment_is_not_taken_for_a_wrong_choice(
+    command: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> str:
+        raise TypeError("a defect")
+
+    monkeypatch.setattr(cli, "explain", broken)
+    with pytest.raises(TypeError, match="a defect"):
+        command("--help")
 
 
 def test_the_clock_of_a_run_starts_with_the_process_and_in_a_sweep_with_its_cell(command: Run) -> None:
