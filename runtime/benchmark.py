@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 import warnings
@@ -81,12 +82,15 @@ def speed(actor: Actor, episodes: Episodes, samples: Sequence[Sample], repeats: 
     Returns:
         `latency_s`: seconds from image, path and prompt to the first pixel frame; with chunks of k frames, all of them
         are denoised before it. `frames_per_s`: pixel frames per second after the first chunk, decoding included (of
-        the whole clip where one chunk is all of it). `seconds`: the whole clip. `threads`, `device`.
+        the whole clip where one chunk is all of it). `seconds`: the whole clip. `threads`, `device`, and `load` of the
+        machine as it was begun: above `cores` the numbers are not the policy's.
     """
+    load = os.getloadavg()[0]
     clip = samples[0].clips.select([0])
     runs = [_timed(actor, episodes, clip) for _ in range(repeats + 1)][1:]
     medians = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
-    return {**medians, "threads": torch.get_num_threads(), "device": episodes.device}
+    place = {"threads": torch.get_num_threads(), "device": episodes.device, "cores": os.cpu_count(), "load": load}
+    return {**medians, **place}
 
 
 @torch.no_grad()
