@@ -236,12 +236,13 @@ def advice(work: Workload, libraries: float = 0.0, count: int = 2) -> list[Advic
 def changes(work: Workload) -> dict[str, Workload]:
     """Settings that could lower memory, and the workload under each."""
     prompts, group = max(1, work.prompts // 2), min(work.group, max(2, work.group // 2))
-    window = max(1, work.held // 2)
+    window, frames = max(1, work.held // 2), max(2, work.frames // 2)
     found = {
         "algorithm.kl_weight=0 (no copy of the initial policy)": replace(work, reference=0),
         f"rollout.prompts={prompts}": replace(work, prompts=prompts),
         f"rollout.group_size={group}": replace(work, group=group),
         f"rollout.window={window}": replace(work, held=window),
+        f"rollout.frames={frames}": replace(work, frames=frames),
     }
     if work.trainable == work.parameters:
         few = replace(work, trainable=work.trainable // 50, reference=2 if work.reference else 0)

@@ -37,6 +37,7 @@ def test_a_command_line_is_a_plan_or_a_line_that_names_its_key() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(7200)
 def test_two_thousand_command_lines_and_ten_thousand_sums() -> None:
     check(made(2000, 10_000, 10_000), 2000, 10_000)
 
@@ -66,6 +67,7 @@ def runnable() -> list[tuple[int, str, list[str]]]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_twenty_valid_command_lines_run(tmp_path: Path) -> None:
     chosen = generated.in_tree(runnable)
     assert len(chosen) == 20
