@@ -194,6 +194,15 @@ def clips(settings: Settings) -> None:
 def step1(settings: Settings) -> None:
     """What `finetune.py` and `distill.py` are asked to do."""
     stage, whole = settings.stage, getattr(settings.adaptation, "kind", "full") == "full"
+    tokens, kind = getattr(settings.model, "image_frames", "none"), getattr(settings.model, "kind", "i2v")
+    require(
+        tokens == "none",
+        f"model.image_frames={tokens}: step 1 trains without image tokens; use model.image_frames=none, here and after",
+    )
+    require(
+        kind == "i2v" or not getattr(stage, "fresh", False),
+        "stage.fresh=true makes an image-to-video model; use model.random=true for random weights of kind t2v",
+    )
     for option in ("from_teacher", "fresh"):
         require(
             whole or not getattr(stage, option, False),

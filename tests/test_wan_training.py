@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from runtime.config import CONF, validate
+from runtime.models import ROOT
 from runtime.session import Session
 from tests.wan_fixtures import OVERRIDES, write
 
@@ -71,3 +75,24 @@ def test_low_precision_has_float32_log_probs_and_float32_weights_that_train(prec
     assert gap <= 1e-2
     velocity = made.actor.velocity(made.episodes.training(0, 0)[0], 0, 0)
     assert velocity.dtype == torch.float32 and torch.equal(velocity, velocity.bfloat16().float())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["finetune", "distill"])
+@pytest.mark.parametrize("kind", ["i2v", "t2v"])
+def test_step_1_trains_a_checkpoint_that_can_be_loaded_again(kind: str, script: str, tmp_path: Path) -> None:
+    write(tmp_path / "model", kind, "diffusers")
+    name = {"i2v": "wan2.1_1.3b", "t2v": "wan2.1_1.3b_t2v"}[kind]
+    shape = ["model.architecture.image_dim=80", "model.image_frames=none"] if kind == "i2v" else []
+    own = {"finetune": ["model.transformer=transformer"], "distill": ["stage.teacher=transformer"]}[script]
+    layers = ["stage.dmd.layers=[1]"] if script == "distill" else []
+    where = [f"model.path={tmp_path / 'model'}", "model.features=null", f"run_dir={tmp_path / 'run'}", "device=cpu"]
+    arguments = [f"+debug=smoke_{script}", f"model={name}", *OVERRIDES, *shape, *own, *layers, *where]
+    command = [sys.executable, f"experiments/{script}.py", *arguments, "world.sizes=[32x32]"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    plan = compose("grpo", [f"model={name}", *OVERRIDES, *shape, *where[:2], "adaptation=lora", "world.sizes=[32x32]"])
+    wan = replace(validate(plan).settings.model, transformer=str(tmp_path / "run" / "transformer"))
+    wan.check()
+    trained = wan.load_transformer("cpu").patch_embedding.weight
+    assert trained[:, -16:].any(), "control was learned"
