@@ -5,7 +5,9 @@ import os
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-import tests.faulty  # noqa: F401
+import tests.faulty
+import tests.models
+import tests.trials  # noqa: F401
 
 with contextlib.suppress(ImportError):
     import deepspeed  # noqa: F401
