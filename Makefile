@@ -12,7 +12,7 @@ PIP      := $(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -
 SOURCES  := envs policies rewards algorithms data tracking metrics runtime experiments benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow lint bench bench-trackers tables learn ablation-step1 compare study tiny clean
+.PHONY: help venv demo test test-slow soak lint bench bench-trackers tables learn ablation-step1 compare study tiny clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ test: $(VENV)/.installed-dev  ## install, then run the tests
 
 test-slow: $(VENV)/.installed-dev  ## the tests that `make test` leaves out: every algorithm with every schedule, kernel and reward
 	$(BIN)/python -m pytest -q -m slow
+
+soak: $(VENV)/.installed-dev  ## what runs promise, tried hundreds of times: kills, signals, damage, full disks, 40 minutes of faults (long)
+	$(BIN)/python -m benchmarks.soak $(ARGS)
 
 lint: $(VENV)/.installed-dev  ## ruff and mypy
 	$(BIN)/ruff check .

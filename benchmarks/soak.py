@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from tests import trials
-from tests.models import build
-from tests.trials import POINTS
 
 
 def main() -> None:
@@ -29,6 +27,8 @@ def main() -> None:
     options = parser.parse_args()
     broken = 0
     with tempfile.TemporaryDirectory() as scratch:
+        from tests.models import build  # processes of a trial import this module, and need no models
+
         model = build(Path(scratch) / "model")
         plans = jobs(model, Path(scratch), options.share, options.minutes)
         for name in options.only.split(",") if options.only else list(plans):
@@ -55,7 +55,7 @@ def jobs(model: Path, scratch: Path, share: float, minutes: float) -> dict[str, 
         "injections": lambda: {
             f"{engine} {point}": trials.injected(model, scratch / "inject" / engine, point, f"engine={engine}")
             for engine in ("plain", "deepspeed_z2", "deepspeed_z3")
-            for point in POINTS
+            for point in trials.POINTS
         },
         "leaks": lambda: trials.growth(model, scratch / "leaks", max(20, count(200)), max(5, count(50))),
         "terminations": lambda: trials.terminations(model, scratch / "terms", count(30)),
