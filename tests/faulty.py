@@ -94,7 +94,7 @@ def spoil(point: str, rank: int, iteration: int) -> None:
                     video[1, 0, 2] = float("inf")
                 return video
 
-            VideoCodec.decode = broken  # type: ignore[method-assign]
+            VideoCodec.decode = broken  # type: ignore
             try:
                 return decode(self, rollout)
             finally:
@@ -134,4 +134,4 @@ def full_disk(flag: Path) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(filename))
         save(tensors, filename, *more)
 
-    safetensors.torch.save_file = full
+    safetensors.torch.save_file = full  # type: ignore

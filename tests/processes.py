@@ -86,7 +86,7 @@ def plan(model: Path, run_dir: Path, *overrides: str, primary: str = "train") ->
 def _run(place: dict[str, str], target: Callable[..., Any], args: tuple[Any, ...]) -> None:
     import torch
 
-    faulthandler.register(signal.SIGUSR2, file=sys.__stderr__)  # kill -USR2 shows where a process stands
+    faulthandler.register(signal.SIGUSR2, file=sys.__stderr__ or sys.stderr)  # kill -USR2 shows where a process stands
     os.environ |= place
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")

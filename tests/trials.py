@@ -395,7 +395,8 @@ def launched(model: Path, folder: Path, launcher: str, trials: int, seed: int = 
         extra = ["--world_info", world, "--master_port", port] if launcher == "deepspeed" else []
         command = [sys.executable, *LAUNCHERS[launcher], *extra, "experiments/grpo.py", f"engine={engine}", *options]
         environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-        log = (folder / f"{trial}.log") if folder.mkdir(parents=True, exist_ok=True) is None else folder
+        folder.mkdir(parents=True, exist_ok=True)
+        log = folder / f"{trial}.log"
         with log.open("w") as out:
             process = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
         while not (run_dir / "config.yaml").is_file():
