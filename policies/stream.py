@@ -169,7 +169,7 @@ class VideoStream:
         stream: makes latents.
         codec: encodes controls and decodes frames, each with its causal memory.
         reference: latent of the reference image `[B, C, h, w]`.
-        decoder: another way to decode, with the interface of `VideoCodec.decode_stream()`, such as a `TinyDecoder`.
+        decoder: another way to decode, with the interface of `DecodeStream`; None: the codec's own.
     """
 
     def __init__(self, stream: Stream, codec: VideoCodec, reference: Tensor, decoder: Any = None) -> None:

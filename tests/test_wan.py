@@ -34,6 +34,7 @@ NAMES = {"i2v": "wan2.1_1.3b", "t2v": "wan2.1_1.3b_t2v"}
 RELEASED = {"i2v": 1_564_428_608, "t2v": 1_418_996_800}
 CHANNELS = {"i2v": 36, "t2v": 16}
 KINDS = ("i2v", "t2v")
+FINE = ("model.random=true", "adaptation=lora", "world.sizes=[32x32]")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -76,7 +77,7 @@ def test_the_full_size_has_the_released_parameters_and_those_of_control(kind: st
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_full_config_validates_within_a_second_and_loads_nothing(kind: str) -> None:
     began = time.perf_counter()
-    plan = validate(compose("grpo", [f"model={NAMES[kind]}", "model.random=true", "adaptation=lora"]))
+    plan = validate(compose("grpo", [f"model={NAMES[kind]}", *FINE]))
     assert time.perf_counter() - began < 3  # on a busy machine
     assert plan.settings.model.kind == kind
 
@@ -193,7 +194,7 @@ def test_what_a_model_cannot_do_its_config_refuses(kind: str, override: str, wor
 
 
 def test_full_training_of_bfloat16_weights_needs_an_engine_that_keeps_more() -> None:
-    names = ["model=wan2.1_1.3b", "model.random=true"]
+    names = ["model=wan2.1_1.3b", "model.random=true", "world.sizes=[32x32]"]
     with pytest.raises(ValueError, match=r"model\.precision=bfloat16 rounds most of an update"):
         validate(compose("grpo", [*names, "adaptation=full"]))
     for fine in (["adaptation=lora"], ["adaptation=full", "model.precision=mixed"]):
