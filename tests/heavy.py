@@ -6,27 +6,16 @@ import os
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-NAMES = [
-    "experiments.train",
-    "experiments.replay",
-    "runtime.curves",
-    "runtime.networks",
-    "runtime.outcome",
-    "runtime.report",
-    "runtime.session",
-    "runtime.state",
-    "runtime.trainer",
-    "runtime.replay",
-    "algorithms.policy_loss",
-    "algorithms.nft_loss",
-    "algorithms.ppo_loss",
-    "tests.faulty",
-    "tests.models",
-    "tests.trials",
-]
+NAMES = {
+    "experiments": ("train", "replay"),
+    "runtime": ("curves", "networks", "outcome", "report", "session", "state", "trainer", "replay"),
+    "algorithms": ("policy_loss", "nft_loss", "ppo_loss"),
+    "tests": ("faulty", "models", "trials"),
+}
 
-for name in NAMES:
-    importlib.import_module(name)
+for package, names in NAMES.items():
+    for name in names:
+        importlib.import_module(f"{package}.{name}")
 
 with contextlib.suppress(ImportError):
     importlib.import_module("deepspeed")

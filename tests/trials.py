@@ -73,9 +73,11 @@ def kills_anywhere(model: Path, folder: Path, kills: int, updates: int = 4, seed
     """kill -9 at random instants of a run, resumed until it ends; all it leaves must equal the quiet run's bytes."""
     rng, done, runs, where = random.Random(seed), 0, 0, Counter[str]()
     options = [*RUN, f"updates={updates}", "evaluation.every=2", "optimizer.ema=0.5", "saving.keep=3"]
-    began = time.monotonic()
     together(1, train, model, folder / "quiet", *options)
+    began = time.monotonic()  # of a run whose imports are done
+    together(1, train, model, folder / "again", *options)
     took = time.monotonic() - began
+    assert weights(folder / "again") == weights(folder / "quiet")
     while done < kills:
         run_dir = folder / f"run{runs}"
         while True:
