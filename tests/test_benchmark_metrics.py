@@ -216,9 +216,11 @@ def test_the_tables_train_what_is_missing_measure_every_row_and_stand_beside_the
     chain = [name for script, name, _ in started if script in ("distill.py", "grpo.py") and name.endswith("_1")]
     assert chain == [
         "grpo_1",
+        "warm_up_1_1",
         "teacher_forcing_1",
         "no_self_rollout_weak_1",
         "no_self_rollout_grpo_1",
+        "warm_up_3_1",
         "self_rollout_chunk3_1",
         "chunk3_weak_1",
         "chunk3_grpo_1",
