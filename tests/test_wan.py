@@ -289,3 +289,26 @@ def test_a_checkpoint_must_not_be_silently_filled_up() -> None:
         state = released("t2v").state_dict()
         del state["proj_out.bias"]
         fill(network, state, LATENT, torch.float32, "x")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("size", [(60, 46), (16, 32)], ids=["480x368", "128 tokens"])
+def test_on_a_gpu_flex_attention_rescores_what_the_cache_acted(size: tuple[int, int]) -> None:
+    from envs.ar_video import start
+
+    network, frames = slice_of("t2v", torch.bfloat16).cuda(), 6
+    draw = torch.Generator().manual_seed(0)
+    condition = torch.randn(1, frames, 36, *size, generator=draw)
+    condition[:, 0, :4], condition[:, 1:, :4] = 1, 0
+    state = start(
+        condition=condition.cuda(),
+        text=torch.randn(1, 512, 4096, generator=draw),
+        sigma_table=torch.tensor([1.0, 0.755, 0.522, 0.0]),
+        stochastic=torch.tensor([True, False, False]),
+        key=torch.tensor([[0, 0, 0, 0]]),
+        latent_shape=(16, *size),
+    )
+    rollout = sample_rollout(network, CPS(), Causality(window=2), state)
+    scores = evaluate(network, CPS(), Causality(window=2), rollout)
+    assert float((scores["log_prob"].detach() - rollout["log_prob"]).abs().max()) <= 1e-3
+    scores["log_prob"].sum().backward()
