@@ -27,6 +27,7 @@ def run(plan: Plan) -> None:
     with opened(plan) as session:
         with setup_phase():
             teacher = replace(plan.settings.model, transformer=stage.teacher).load_transformer(session.device)
+            plan.settings.engine.shape(teacher)
             if stage.from_teacher:
                 session.episodes.networks.transformer.load_state_dict(teacher.state_dict())
         conclude(session, lambda work: train(session, teacher, work))

@@ -253,9 +253,8 @@ def changes(work: Workload) -> dict[str, Workload]:
     elif work.samples % (2 * work.minibatches) == 0:
         parts = 2 * work.minibatches
         found[f"algorithm.minibatches={parts}"] = replace(work, minibatches=parts)
-    for name in ("engine.activation_checkpointing", "model.checkpointing"):
-        if name in work.switches and not work.checkpointing:
-            found[f"{name}=true"] = replace(work, checkpointing=True)
+    if "engine.activation_checkpointing" in work.switches and not work.checkpointing:
+        found["engine.activation_checkpointing=true"] = replace(work, checkpointing=True)
     if "engine.accumulation" in work.switches and work.processes > 1 and work.zero < 3:
         found["engine=deepspeed_z3 (weights split over the processes)"] = replace(work, zero=3)
     return found

@@ -68,7 +68,7 @@ def precision(settings: Settings) -> None:
     require(
         kept or _name(settings.engine) != "Plain",
         "model.precision=bfloat16 rounds most of an update away under engine=plain; use adaptation=lora, "
-        "model.precision=mixed, or an engine that keeps float32 weights",
+        "model.precision=float32 engine.precision=bf16, or an engine that keeps float32 weights",
     )
 
 
@@ -131,7 +131,8 @@ def engines(settings: Settings) -> None:
     )
     if settings.stage is not None:
         changed = [f for f in dataclasses.fields(engine) if getattr(engine, f.name) != f.default]
-        unused = [f"engine.{f.name}={getattr(engine, f.name)}" for f in changed if f.name != "threads"]
+        shape = ("threads", "precision", "activation_checkpointing")  # what they do, they do to a network
+        unused = [f"engine.{f.name}={getattr(engine, f.name)}" for f in changed if f.name not in shape]
         require(
             not engine.distributed and processes == 1 and not unused,
             f"this experiment runs in one process, with the plain engine alone; drop {', '.join(unused) or 'engine'}"

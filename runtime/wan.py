@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 KINDS = ("i2v", "t2v")
 IMAGE_FRAMES = ("first", "all", "none")
-PRECISIONS = ("float32", "bfloat16", "mixed")
+PRECISIONS = ("float32", "bfloat16")
 LATENT, ROTARY = 16, 1024
 PARTS = {"vae": "config.json", "text_encoder": "config.json", "tokenizer": "tokenizer.json"}
 
@@ -75,10 +75,9 @@ class Wan:
         control: how a dragged path is drawn before the VAE encodes it: `presence`, or `grayscale` (the paper).
         text_length: tokens a prompt is padded to.
         image_frames: which frames see the image tokens: `first` (the paper), `all` (diffusers' pipelines), `none`.
-        precision: `float32`, `bfloat16` (weights and compute; adapters stay float32), or `mixed` (float32 weights,
-            bfloat16 compute).
+        precision: of the transformer's weights, `float32` or `bfloat16`; adapters stay float32. Arithmetic in bfloat16
+            on float32 weights is `engine.precision=bf16`.
         vae_precision: `float32` or `bfloat16`.
-        checkpointing: compute the inside of blocks again in the backward pass instead of keeping it.
         encoder_device: torch device of the text and image encoders; none: that of the transformer.
         features: folder that keeps prompt and image features; none keeps nothing.
         assets: folder of the small networks that rewards and evaluation use.
@@ -95,7 +94,6 @@ class Wan:
     image_frames: str = "first"
     precision: str = "bfloat16"
     vae_precision: str = "float32"
-    checkpointing: bool = True
     encoder_device: str | None = "cpu"
     features: str | None = "outputs/features"
     assets: str = "assets/tiny"
@@ -103,7 +101,7 @@ class Wan:
 
     def __post_init__(self) -> None:
         choices = {"kind": KINDS, "control": MODES, "image_frames": IMAGE_FRAMES, "precision": PRECISIONS}
-        for name, allowed in (choices | {"vae_precision": PRECISIONS[:2]}).items():
+        for name, allowed in (choices | {"vae_precision": PRECISIONS}).items():
             value = getattr(self, name)
             require(value in allowed, f"model.{name} must be one of {', '.join(allowed)}, got {value!r}")
         require(self.text_length >= 1, f"model.text_length must be at least 1, got {self.text_length}")

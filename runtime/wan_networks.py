@@ -18,7 +18,7 @@ from policies.wan_weights import fill, randomise, read, skeleton
 from runtime.networks import Networks, quiet
 from runtime.wan import LATENT, Wan
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "mixed": torch.float32}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CLASSES = {"i2v": CausalWanTransformer3DModel, "t2v": FirstFrameWanTransformer3DModel}
 
 
@@ -38,9 +38,6 @@ def load_transformer(model: Wan, device: str) -> CausalWanTransformer3DModel:
     else:
         fill(network, read(model.network), LATENT, dtype, f"model.transformer={model.network}")
     network.image_frames = model.image_frames
-    network.autocast_dtype = torch.bfloat16 if model.precision == "mixed" else None
-    if model.checkpointing:
-        network.enable_gradient_checkpointing()
     return network.to(device).eval()
 
 

@@ -15,7 +15,7 @@ from data.draws import Stream, generator
 from runtime.estimate import Decoder, Workload
 from runtime.settings import Settings
 
-BYTES = {"float32": 4, "fp32": 4, "mixed": 4, "bfloat16": 2, "bf16": 2}
+BYTES = {"float32": 4, "bfloat16": 2}
 # Encoder of UMT5-XXL, which the released Wan models read prompts with; its folder may not be here.
 UMT5_XXL = 5_680_910_336
 
@@ -60,10 +60,8 @@ def workload(settings: Settings, processes: int | None = None, kind: str | None 
         width=shape["num_attention_heads"] * shape["attention_head_dim"],
         ffn=shape["ffn_dim"],
         weight_bytes=BYTES[precision],
-        compute_bytes=2 if "bf" in getattr(engine, "precision", "") or precision != "float32" else 4,
-        checkpointing=bool(
-            getattr(model, "checkpointing", False) or getattr(engine, "activation_checkpointing", False)
-        ),
+        compute_bytes=2 if engine.precision == "bf16" else BYTES[precision],
+        checkpointing=engine.activation_checkpointing,
         reference=(2 if lora else 1) if compares else 0,
         averaged=settings.optimizer.ema > 0,
         epochs=settings.algorithm.epochs,
@@ -79,9 +77,9 @@ def workload(settings: Settings, processes: int | None = None, kind: str | None 
 
 
 def switches(settings: Settings) -> frozenset[str]:
-    """Which settings this engine and this model have."""
-    owners = {"engine": ("accumulation", "activation_checkpointing"), "model": ("checkpointing",)}
-    return frozenset(f"{o}.{n}" for o, names in owners.items() for n in names if hasattr(getattr(settings, o), n))
+    """Which of the settings that save memory this engine has."""
+    names = ("accumulation", "activation_checkpointing")
+    return frozenset(f"engine.{name}" for name in names if hasattr(settings.engine, name))
 
 
 def drawn(settings: Settings) -> Any:

@@ -129,9 +129,9 @@ def test_processes_share_the_work_and_zero_the_state() -> None:
 
 
 def test_what_is_advised_lowers_the_peak_most() -> None:
-    work = replace(FULL, switches=frozenset({"engine.accumulation", "model.checkpointing"}), processes=8)
+    work = replace(FULL, switches=frozenset({"engine.accumulation", "engine.activation_checkpointing"}), processes=8)
     best = estimate.advice(work)
-    assert len(best) == 2 and best[0].setting == "model.checkpointing=true"
+    assert len(best) == 2 and best[0].setting == "engine.activation_checkpointing=true"
     changed = estimate.changes(work)
     peaks = {name: estimate.peak_bytes(other) for name, other in changed.items()}
     assert [a.peak for a in best] == sorted(peaks.values())[:2] and best[0].peak < estimate.peak_bytes(work)
@@ -223,12 +223,11 @@ def test_a_model_without_its_files_is_still_estimated(monkeypatch: pytest.Monkey
         source=lambda: (_ for _ in ()).throw(FileNotFoundError("no folder")),
         precision="bfloat16",
         vae_precision="float32",
-        checkpointing=True,
         encoder_device="cpu",
         text_length=512,
     )
     work = workload.workload(replace(made, model=wan), processes=8, kind="cuda")
-    assert (work.tokens, work.weight_bytes, work.checkpointing, work.encoder) == (1560, 2, True, 0)
+    assert (work.tokens, work.weight_bytes, work.compute_bytes, work.encoder) == (1560, 2, 2, 0)
     assert work.decoder == Decoder() and work.samples == 8
     assert workload.workload(replace(made, model=wan), kind="cpu").encoder == 2 * workload.UMT5_XXL
 

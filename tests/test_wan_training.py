@@ -61,11 +61,16 @@ def test_an_iteration_from_a_checkpoint(overrides: list[str], tmp_path: Path) ->
     assert samples[0].video.shape[-2:] == (32, 32)
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "mixed"])
-def test_low_precision_has_float32_log_probs_and_float32_weights_that_train(precision: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "how",
+    [
+        ["adaptation=lora", "model.precision=bfloat16"],
+        ["adaptation=full", "model.precision=float32", "engine.precision=bf16"],
+    ],
+)
+def test_low_precision_has_float32_log_probs_and_float32_weights_that_train(how: list[str], tmp_path: Path) -> None:
     image = ["model.architecture.image_dim=80", "model.random=true"]
-    adaptation = "lora" if precision == "bfloat16" else "full"
-    made = session(tmp_path, "model=wan2.1_1.3b", *image, f"adaptation={adaptation}", f"model.precision={precision}")
+    made = session(tmp_path, "model=wan2.1_1.3b", *image, *how)
     assert {p.dtype for p in made.parameters} == {torch.float32}
     assert made.actor.transformer.compute_dtype == torch.bfloat16
     rollout = made.rollout()
