@@ -378,7 +378,7 @@ def replayed(bundle: Path) -> None:
 
 LAUNCHERS = {
     "torchrun": ["-m", "torch.distributed.run", "--nproc-per-node", "2"],
-    "deepspeed": ["-m", "deepspeed.launcher.launch", "--nnodes", "1", "--node_rank", "0"],
+    "deepspeed": ["-m", "deepspeed.launcher.launch", "--node_rank", "0"],
 }
 
 
