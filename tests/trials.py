@@ -377,8 +377,8 @@ def replayed(bundle: Path) -> None:
 
 
 LAUNCHERS = {
-    "torchrun": ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"],
-    "deepspeed": ["-m", "deepspeed.launcher.launch", "--nnodes", "1", "--node_rank", "0"],
+    "torchrun": ["-m", "torch.distributed.run", "--nproc-per-node", "2"],
+    "deepspeed": ["-m", "deepspeed.launcher.launch", "--node_rank", "0"],
 }
 
 
@@ -394,7 +394,8 @@ def launched(model: Path, folder: Path, launcher: str, trials: int, seed: int = 
     for trial in range(trials):
         run_dir, port = folder / f"trial{trial}", str(rng.randrange(20000, 40000))
         options = [*SMALL, *RUN, f"model.path={model}", f"run_dir={run_dir}", "updates=1000", "saving.every=1000"]
-        extra = ["--world_info", world, "--master_port", port] if launcher == "deepspeed" else []
+        extra = ["--world_info", world] if launcher == "deepspeed" else []
+        extra += ["--master_port", port]
         command = [sys.executable, *LAUNCHERS[launcher], *extra, "experiments/grpo.py", f"engine={engine}", *options]
         environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
         folder.mkdir(parents=True, exist_ok=True)
