@@ -325,11 +325,11 @@ def _hashed(model: Path, run_dir: Path, disk: Path | None, pause: float, *overri
 
 ENGINES = {
     "plain": (1,),
-    "two processes": (2,),
-    "accumulation 8 x 1": (1, "engine.accumulation=8"),
+    "two-processes": (2,),
+    "accumulation-8x1": (1, "engine.accumulation=8"),
     "ZeRO-1": (2, "engine=deepspeed_z1"),
     "ZeRO-2": (2, "engine=deepspeed_z2"),
-    "ZeRO-3, accumulation 2": (2, "engine=deepspeed_z3", "engine.accumulation=2"),
+    "ZeRO-3-accumulation-2": (2, "engine=deepspeed_z3", "engine.accumulation=2"),
 }
 
 
@@ -349,7 +349,7 @@ def engines(model: Path, folder: Path, updates: int, *overrides: str) -> dict[st
             )
             gap = torch.stack([(ours[k] - plain[k]).square().sum() for k in plain]).sum().sqrt()
             norm = torch.stack([v.square().sum() for v in plain.values()]).sum().sqrt()
-            found[f"{name}, {step}"] = float(f"{float(gap / norm):.2e}")
+            found[f"{name} after {step}"] = float(f"{float(gap / norm):.2e}")
     assert max(found.values()) <= 1e-6, found
     return found
 
