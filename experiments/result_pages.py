@@ -66,6 +66,7 @@ def write(algorithm: str, members: list[Row], metrics: dict[str, str]) -> None:
     numbers = [
         [f"`{name}`", *(f"{sum(m['logged'][name][k] for m in members) / len(members):.4g}" for k in (0, 1)), why]
         for name in members[0]["logged"]
+        if all(name in m["logged"] for m in members)
         if (why := meaning(name, known))
     ]
     first = members[0]
