@@ -71,10 +71,7 @@ def parts(session: Any, options: argparse.Namespace) -> dict[str, Callable[[], d
         "rescoring": lambda: {scoring: policy.rescoring(session, batches, repeats)},
         "rollout": lambda: {rebuilding: policy.caching(session, ends, repeats)},
         "generation": lambda: {"generation": policy.generating(session, ends, repeats)},
-        "live": lambda: {
-            "first frame, batch 1, seconds": live.first_frame(session, options.samples, options.compile),
-            "steady generation, batch 1": live.steady(session, options.samples, options.compile),
-        },
+        "live": lambda: live.measure(session, options.samples, options.compile),
         "overhead": lambda: {f"{frames} frames, batch 1, against diffusers": overhead.overhead(session, repeats)},
         "iteration": lambda: {update: iteration.phases(session, options.iterations, options.peak_tflops)},
     }

@@ -29,8 +29,18 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
     return dict(zip(("p50", "p95", "p99"), found.tolist(), strict=True))
 
 
-def begin(session: Session, source: ClipBatch, timer: PhaseTimer, compile: str) -> VideoStream:
-    """A live stream of one clip; its preparation is timed as `text` and `image`."""
+def measure(session: Session, samples: int, compile: str = "none") -> dict[str, Rows]:
+    """Both measurements by title, with the full VAE and, where the model has one, the tiny VAE."""
+    found: dict[str, Rows] = {}
+    for tiny in (False, True) if session.episodes.networks.tiny else (False,):
+        decoder = ", tiny VAE" if tiny else ""
+        found[f"first frame, batch 1, seconds{decoder}"] = first_frame(session, samples, compile, tiny)
+        found[f"steady generation, batch 1{decoder}"] = steady(session, samples, compile, tiny)
+    return found
+
+
+def begin(session: Session, source: ClipBatch, timer: PhaseTimer, compile: str, tiny: bool) -> VideoStream:
+    """A live stream of one clip, decoded by the full or the tiny VAE; it times its preparation (`text`, `image`)."""
     networks, r = session.episodes.networks, session.settings.rollout
     video, device = networks.video, session.device
     with timer.phase("text"):
@@ -43,7 +53,8 @@ def begin(session: Session, source: ClipBatch, timer: PhaseTimer, compile: str) 
         shape = video.latent_shape(source.trajectory.height, source.trajectory.width)
         rule = session.actor.causality
         stream = Stream(networks.transformer, rule, list(r.sigmas), episode, shape, compile=compile)
-    return VideoStream(stream, video, reference)
+    decoder = networks.tiny.decode_stream() if tiny and networks.tiny else None
+    return VideoStream(stream, video, reference, decoder)
 
 
 def drawn(session: Session, source: ClipBatch) -> list[Tensor]:
@@ -55,13 +66,13 @@ def drawn(session: Session, source: ClipBatch) -> list[Tensor]:
 
 
 @torch.no_grad()
-def first_frame(session: Session, repeats: int, compile: str = "none") -> Rows:
+def first_frame(session: Session, repeats: int, compile: str = "none", tiny: bool = False) -> Rows:
     """Seconds from image, prompt and path to the first pixel frame of one sample, by part."""
     timer, source, found = PhaseTimer(session.synchronize), clip(session), []
     control = drawn(session, source)[0]
     for _ in range(repeats + 1):
         timer.reset()
-        stream = begin(session, source, timer, compile)
+        stream = begin(session, source, timer, compile, tiny)
         with timer.phase("control"):
             condition = stream.condition(control)
         with timer.phase("denoise"):
@@ -76,13 +87,13 @@ def first_frame(session: Session, repeats: int, compile: str = "none") -> Rows:
 
 
 @torch.no_grad()
-def steady(session: Session, frames: int, compile: str = "none") -> Rows:
+def steady(session: Session, frames: int, compile: str = "none", tiny: bool = False) -> Rows:
     """Once the window is full: pixel frames per second without waiting, and seconds from a control to its frames."""
     source, quiet = clip(session), PhaseTimer()
     pieces = drawn(session, source)
     rule = session.actor.causality
     warm = (rule.window + rule.sink) // rule.chunk + 2
-    stream = begin(session, source, quiet, compile)
+    stream = begin(session, source, quiet, compile, tiny)
     for i in range(warm):
         stream.step(pieces[min(i, 1)])
     last = pieces[1]
@@ -119,5 +130,6 @@ def facts(session: Session) -> dict[str, Any]:
     return {
         "transformer": str(networks.transformer.compute_dtype).removeprefix("torch."),
         "VAE": f"{networks.video.vae.dtype}, base width {networks.video.vae.config.base_dim}",
+        "tiny VAE": model.tiny_vae if networks.tiny else "none",
         "weights": "random" if getattr(model, "random", False) else "loaded",
     }

@@ -144,6 +144,19 @@ def fill(
     if embedding is not None and control and embedding.shape[1] + control == own[EMBEDDING].shape[1]:
         extra = embedding.new_zeros(embedding.shape[0], control, *embedding.shape[2:])
         state[EMBEDDING] = torch.cat([embedding, extra], 1)
+    match(own, state, source)
+    for name in list(state):
+        state[name] = state[name].to(dtype_of(model, name, dtype))
+    model.load_state_dict(state, assign=True)
+    _finish(model)
+
+
+def match(own: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str, what: str = "model") -> None:
+    """Compare a checkpoint's names and shapes with a model's own.
+
+    Raises:
+        ValueError: they differ; the message lists every one.
+    """
     wrong = [
         f"{name} is {tuple(value.shape)}, not {tuple(own[name].shape)}"
         for name, value in state.items()
@@ -151,13 +164,9 @@ def fill(
     ]
     missing, unexpected = own.keys() - state.keys(), state.keys() - own.keys()
     problems = {"missing": missing, "unexpected": unexpected, "of another shape": wrong}
-    found = [f"{what} ({len(names)}): {', '.join(sorted(names))}" for what, names in problems.items() if names]
+    found = [f"{kind} ({len(names)}): {', '.join(sorted(names))}" for kind, names in problems.items() if names]
     if found:
-        raise ValueError(f"the weights in {source} do not fit the model: {'; '.join(found)}")
-    for name in list(state):
-        state[name] = state[name].to(dtype_of(model, name, dtype))
-    model.load_state_dict(state, assign=True)
-    _finish(model)
+        raise ValueError(f"the weights in {source} do not fit the {what}: {'; '.join(found)}")
 
 
 @torch.no_grad()

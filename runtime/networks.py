@@ -21,6 +21,7 @@ from runtime.models import Pretrained
 
 if TYPE_CHECKING:
     from algorithms.distillation.pool import LatentPool
+    from policies.tiny_vae import TinyDecoder
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Networks:
         text: prompt encoder.
         control: how a path is drawn (`Pretrained.control`).
         image: encoder of the reference image, for transformers that look at its tokens.
+        tiny: a tiny decoder for live generation; everything else decodes with `video`.
     """
 
     transformer: CausalWanTransformer3DModel
@@ -40,6 +42,7 @@ class Networks:
     text: TextEncoder
     control: str
     image: ImageEncoder | None = None
+    tiny: TinyDecoder | None = None
 
     def condition(self, clips: ClipBatch, noise_keys: list[tuple[int, ...]], device: str) -> Tensor:
         """What each frame is conditioned on, `[B, M, Cc, h, w]`: mask, reference image or noise, control.

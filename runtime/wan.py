@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 KINDS = ("i2v", "t2v")
 IMAGE_FRAMES = ("first", "all", "none")
 PRECISIONS = ("float32", "bfloat16")
+RANDOM = "random"
 LATENT, ROTARY = 16, 1024
 PARTS = {"vae": "config.json", "text_encoder": "config.json", "tokenizer": "tokenizer.json"}
 
@@ -77,7 +78,9 @@ class Wan:
         image_frames: which frames see the image tokens: `first` (the paper), `all` (diffusers' pipelines), `none`.
         precision: of the transformer's weights, `float32` or `bfloat16`; adapters stay float32. Arithmetic in bfloat16
             on float32 weights is `engine.precision=bf16`.
-        vae_precision: `float32` or `bfloat16`.
+        vae_precision: `float32` or `bfloat16`, also of the tiny VAE.
+        tiny_vae: a second, tiny decoder for live generation: a .safetensors file in the layout of TAEHV (`taew2_1`),
+            `random` together with `random`, or none. Rollouts, rewards and training decode with the full VAE.
         encoder_device: torch device of the text and image encoders; none: that of the transformer.
         features: folder that keeps prompt and image features; none keeps nothing.
         assets: folder of the small networks that rewards and evaluation use.
@@ -94,6 +97,7 @@ class Wan:
     image_frames: str = "first"
     precision: str = "bfloat16"
     vae_precision: str = "float32"
+    tiny_vae: str | None = None
     encoder_device: str | None = "cpu"
     features: str | None = "outputs/features"
     assets: str = "assets/tiny"
@@ -122,6 +126,15 @@ class Wan:
             not (self.random and self.path),
             f"model.random=true loads nothing from model.path={self.path}; take one out",
         )
+        require(
+            self.tiny_vae is None or (self.tiny_vae == RANDOM) == self.random,
+            f"model.tiny_vae={self.tiny_vae} with model.random={str(self.random).lower()}: the tiny VAE is a file "
+            f"beside a loaded model and {RANDOM!r} beside a random one",
+        )
+        require(
+            self.tiny_vae in (None, RANDOM) or str(self.tiny_vae).endswith(".safetensors"),
+            f"model.tiny_vae={self.tiny_vae} is not a .safetensors file; nothing else is read",
+        )
 
     @property
     def folder(self) -> Path:
@@ -148,6 +161,21 @@ class Wan:
         """
         own = Path(self.transformer).expanduser()
         return own.resolve() if own.is_file() or (own / "config.json").is_file() else self.source() / self.transformer
+
+    def tiny_file(self) -> Path | None:
+        """The file of the tiny VAE, where one is to be loaded.
+
+        Raises:
+            FileNotFoundError: it is not there.
+        """
+        if self.tiny_vae in (None, RANDOM):
+            return None
+        for here in (Path(str(self.tiny_vae)).expanduser(), ROOT / str(self.tiny_vae)):
+            if here.is_file():
+                return here.resolve()
+        raise FileNotFoundError(
+            f"model.tiny_vae={self.tiny_vae}: no such file; taew2_1.safetensors is what TAEHV publishes for Wan2.1"
+        )
 
     def source(self) -> Path:
         """The local folder behind `path`.
@@ -203,6 +231,7 @@ class Wan:
         require(frames <= ROTARY, f"rollout.frames={frames}: Wan's rotary table has {ROTARY} frames")
         if self.random:
             return
+        self.tiny_file()
         folder, network = self.source(), self.network
         parts = PARTS | ({"image_encoder": "config.json"} if self.image_frames != "none" else {})
         missing = [f"{part}/{file}" for part, file in parts.items() if not (folder / part / file).is_file()]

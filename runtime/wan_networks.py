@@ -14,6 +14,7 @@ from policies.causal_dit import CausalWanTransformer3DModel
 from policies.codecs import ImageCodec, TextCodec, VideoCodec
 from policies.features import FeatureStore, ImageEncoder, RandomText, StoredImages, StoredText, TextEncoder, identity_of
 from policies.first_frame import FirstFrameWanTransformer3DModel
+from policies.tiny_vae import TinyDecoder
 from policies.wan_weights import fill, randomise, read, skeleton
 from runtime.networks import Networks, quiet
 from runtime.wan import LATENT, Wan
@@ -27,7 +28,7 @@ def load_networks(model: Wan, device: str) -> Networks:
     model.check()
     quiet()
     video, text, image = _video(model, device), _text(model, device), _image(model, device)
-    return Networks(load_transformer(model, device), video, text, model.control, image)
+    return Networks(load_transformer(model, device), video, text, model.control, image, _tiny(model, device))
 
 
 def load_transformer(model: Wan, device: str) -> CausalWanTransformer3DModel:
@@ -52,6 +53,13 @@ def _video(model: Wan, device: str) -> VideoCodec:
     if codec.channels != LATENT:
         raise ValueError(f"model.path={model.path}: the VAE has {codec.channels} latent channels, Wan's has {LATENT}")
     return codec.to(device)
+
+
+def _tiny(model: Wan, device: str) -> TinyDecoder | None:
+    if model.tiny_vae is None:
+        return None
+    file, dtype = model.tiny_file(), DTYPES[model.vae_precision]
+    return (TinyDecoder.random(dtype) if file is None else TinyDecoder.load(file, dtype)).to(device)
 
 
 def _text(model: Wan, device: str) -> TextEncoder:
