@@ -27,12 +27,15 @@ def check(overrides: Sequence[str]) -> None:
 
 def _parsed(text: str) -> Override:
     try:
-        return OverridesParser.create().parse_override(text)
+        override = OverridesParser.create().parse_override(text)
     except HydraException as error:
         reason = str(error).partition("\n")[0]
         raise ConfigCompositionException(
             f"{text}: cannot be read ({reason}); write key=value, and quote a value that holds = [ ] {{ }} , or :"
         ) from error
+    if not override.key_or_group:
+        raise ConfigCompositionException(f"{text}: names no key before the =; write key=value")
+    return override
 
 
 def _check_choices(override: Override) -> None:
