@@ -20,7 +20,7 @@ Verdict = Literal["ok", "note", "fails"]
 EXTRAS = {
     "wandb": "logger=wandb: metrics to Weights & Biases",
     "deepspeed": "engine=deepspeed_*: optimizer, gradients and weights split over processes",
-    "tracker": "tracker=cotracker: CoTracker3 finds the motion",
+    "tracker": "tracker=cotracker3: CoTracker3 finds the motion",
     "remote": "reward=remote and experiments/serve.py",
     "dev": "tests and linters",
 }
