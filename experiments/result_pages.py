@@ -9,7 +9,7 @@ import re
 from fnmatch import fnmatch
 from pathlib import Path
 
-from runtime.cells import RESULTS, ROOT, Row, figure, markdown, plot_ranges, spread
+from runtime.cells import RESULTS, ROOT, Row, figure, markdown, mean_seconds, plot_ranges, spread
 from runtime.runlog import read
 
 # Updates at the start and at the end of a run over which a logged number is averaged.
@@ -52,30 +52,13 @@ def write(algorithm: str, members: list[Row], metrics: dict[str, str]) -> None:
         metrics: what was measured on held-out clips, and its heading.
     """
     about = (ROOT / "conf" / "algorithm" / f"{algorithm}.yaml").read_text().splitlines()[0].removeprefix("# ")
-    lines = []
-    for row in members:
-        pairs = [f"{row['before'][key]:.3f} → {row['after'][key]:.3f}" for key in metrics]
-        moved = f"{row['probes']['kl']['after']['kl_to_start']:.4f}"
-        lines.append([str(row["seed"]), *pairs, moved, str(row["seconds"])])
-    means = [spread([row["after"][key] for row in members]) for key in metrics]
-    moved = spread([row["probes"]["kl"]["after"]["kl_to_start"] for row in members])
-    seconds = spread([float(row["seconds"]) for row in members])
-    lines.append(["mean ± standard deviation, after", *means, moved, seconds])
-    heads = ["seed", *metrics.values(), "KL to the student, nats per latent value", "seconds of training"]
-    known = meanings()
-    numbers = [
-        [f"`{name}`", *(f"{sum(m['logged'][name][k] for m in members) / len(members):.4g}" for k in (0, 1)), why]
-        for name in members[0]["logged"]
-        if all(name in m["logged"] for m in members)
-        if (why := meaning(name, known))
-    ]
     first = members[0]
     text = f"""# {algorithm}
 
 {about} Loss and settings: [docs/algorithms.md](../algorithms.md).
 Made by `make compare`; all algorithms side by side: [compare.md](compare.md).
 
-Hardware: one core of {first["processor"]}, other work on the machine; {first["date"]}.
+Hardware: one core of {first["processor"]}; {first["date"]}. Seconds pass on the wall, whatever else the machine does.
 Command of seed {first["seed"]}, then its measurement of the KL:
 
 ```bash
@@ -84,14 +67,41 @@ Command of seed {first["seed"]}, then its measurement of the KL:
 
 Held-out clips, before → after; the tracker and the vision tower that measure took no part in the reward.
 
-{markdown(heads, lines)}
+{measured(members, metrics)}
 ![motion error on held-out clips against updates]({algorithm}.png)
 
 What the runs logged, mean over seeds and over the first and the last {AVERAGED} updates:
 
-{markdown(["name", "first", "last", "meaning"], numbers)}"""
+{explained(members)}"""
     (RESULTS / f"{algorithm}.md").write_text(text)
     draw(members, RESULTS / f"{algorithm}.png")
+
+
+def measured(members: list[Row], metrics: dict[str, str]) -> str:
+    """Markdown: a line per seed, before and after on held-out clips, and one with mean and spread."""
+    lines = []
+    for row in members:
+        pairs = [f"{row['before'][key]:.3f} → {row['after'][key]:.3f}" for key in metrics]
+        lines.append([str(row["seed"]), *pairs, f"{_moved(row):.4f}", str(row["seconds"])])
+    means = [spread([row["after"][key] for row in members]) for key in metrics]
+    moved = sum(map(_moved, members)) / len(members)
+    lines.append(["mean ± standard deviation, after", *means, f"{moved:.4f}", mean_seconds(members)])
+    heads = ["seed", *metrics.values(), "KL to the student, nats per latent value", "seconds of training"]
+    return markdown(heads, lines)
+
+
+def explained(members: list[Row]) -> str:
+    """Markdown: what all runs logged, mean over seeds at the start and at the end, and what it means."""
+    known, lines = meanings(), []
+    for name in members[0]["logged"]:
+        if all(name in row["logged"] for row in members):
+            ends = [sum(row["logged"][name][k] for row in members) / len(members) for k in (0, 1)]
+            lines.append([f"`{name}`", *(f"{value:.4g}" for value in ends), meaning(name, known)])
+    return markdown(["name", "first", "last", "meaning"], lines)
+
+
+def _moved(row: Row) -> float:
+    return float(row["probes"]["kl"]["after"]["kl_to_start"])
 
 
 def draw(members: list[Row], path: Path) -> None:

@@ -11,7 +11,14 @@ BEGUN = "training/begun.json"
 VOLATILE = ("run_dir", "resume", "updates", "saving", "evaluation.every", "logger", "device", "alarms", "guard")
 
 # Keys that older configs do not have, and what runs did then: with these values they make no difference.
-ADDED = {"engine.accumulation": 1, "engine.precision": "fp32", "engine.activation_checkpointing": False}
+ADDED: dict[str, Any] = {
+    "engine.accumulation": 1,
+    "engine.precision": "fp32",
+    "engine.activation_checkpointing": False,
+    "scoring.optional": [],
+    "evaluation.extractor": None,
+    "model.tiny_vae": None,
+}
 
 
 def identity(config: dict[str, Any]) -> dict[str, Any]:
@@ -39,14 +46,10 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Return `key: old -> new` for every key in which two flat mappings differ, sorted by key.
-
-    A key that the older one does not have is no difference where it is off, that is none or empty: settings that were
-    added since a run began.
-    """
+    """Return `key: old -> new` for every key in which two flat mappings differ, sorted by key."""
     absent = "(absent)"
     return [
         f"{k}: {old.get(k, absent)} -> {new.get(k, absent)}"
         for k in sorted(old.keys() | new.keys())
-        if old.get(k, absent) != new.get(k, absent) and (k in old or new[k] not in (None, []))
+        if old.get(k, absent) != new.get(k, absent)
     ]
