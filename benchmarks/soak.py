@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests import trials
+from tests import launches, trials
 
 
 def main() -> None:
@@ -52,6 +52,7 @@ def jobs(model: Path, scratch: Path, share: float, minutes: float) -> dict[str, 
         "saving": lambda: trials.kills_while_saving(scratch / "saving", count(200)),
         "corruptions": lambda: trials.corruptions(scratch / "corrupt", count(500)),
         "engines": lambda: trials.engines(model, scratch / "engines", count(10)),
+        "curves": lambda: launches.curves(scratch / "curves", max(2, count(10))),
         "injections": lambda: {
             f"{engine} {point}": trials.injected(model, scratch / "inject" / engine, point, f"engine={engine}")
             for engine in ("plain", "deepspeed_z2", "deepspeed_z3")
@@ -59,10 +60,11 @@ def jobs(model: Path, scratch: Path, share: float, minutes: float) -> dict[str, 
         },
         "leaks": lambda: trials.growth(model, scratch / "leaks", max(20, count(200)), max(5, count(50))),
         "terminations": lambda: trials.terminations(model, scratch / "terms", count(30)),
+        "compiled": lambda: trials.terminations(model, scratch / "compiled", count(10), compiled=True),
         "usr1": lambda: trials.terminations(model, scratch / "usr1", count(5), 1, signal.SIGUSR1),
         "two ranks": lambda: trials.terminations(model, scratch / "two", count(10), 2),
-        "torchrun": lambda: trials.launched(model, scratch / "torchrun", "torchrun", count(5)),
-        "deepspeed": lambda: trials.launched(model, scratch / "deepspeed", "deepspeed", count(5)),
+        "torchrun": lambda: launches.launched(model, scratch / "torchrun", "torchrun", count(30)),
+        "deepspeed": lambda: launches.launched(model, scratch / "deepspeed", "deepspeed", count(30)),
         "disk": lambda: trials.disk(model, scratch / "disk"),
         "kills": lambda: trials.kills_anywhere(model, scratch / "kills", count(50)),
         "soak": lambda: trials.soak(model, scratch / "soak", 60 * minutes, 30.0, lambda text: print(text, flush=True)),

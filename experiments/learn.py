@@ -27,14 +27,14 @@ from runtime.cells import (
     weights_of,
 )
 
-# The last stage of algorithms/pretraining/chain.py, with steps that take about as long as 200 GRPO
+# The last stage of algorithms/pretraining/chain.py, with steps that take about as long as 120 GRPO
 # updates (the table gives seconds). Most of the clips are new to the student.
 SUPERVISED = (
     "stage.from_teacher=false",
     "stage.eta=0",
     "stage.track_noise=4",
     "stage.teacher_forcing.steps=0",
-    "stage.own_history.steps=1250",
+    "stage.own_history.steps=750",
     "stage.own_history.lr=2e-3",
     "stage.own_history.ema=0.995",
     "stage.match=false",
@@ -93,7 +93,7 @@ def table(rows: list[Row]) -> str:
 def main() -> None:
     """Run what is missing and write the table."""
     parser = arguments(__doc__, "outputs/learn", clips=128)
-    parser.add_argument("--updates", type=int, default=200, help="GRPO updates per run")
+    parser.add_argument("--updates", type=int, default=120, help="GRPO updates per run")
     options = parser.parse_args()
     todo, weights = cells(options.seeds, options.updates, options.clips), weights_of(ROOT / "assets" / "tiny")
     rows = run_all("learn", todo, options.out, weights, options.jobs)

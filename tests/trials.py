@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime import checkpoint
-from tests.processes import SMALL, begin, end, together, train
+from tests.processes import begin, end, together, train
 
 POINTS = ("latent", "log_prob", "video", "reward", "loss", "gradient")
 
@@ -151,18 +151,29 @@ def _damage(damage: str, rng: random.Random, folder: Path, other: Path) -> None:
 
 
 def terminations(
-    model: Path, folder: Path, trials: int, ranks: int = 1, number: int = signal.SIGTERM, seed: int = 0
+    model: Path,
+    folder: Path,
+    trials: int,
+    ranks: int = 1,
+    number: int = signal.SIGTERM,
+    seed: int = 0,
+    compiled: bool = False,
 ) -> dict[str, float]:
-    """SIGTERM at random instants of a run that saves at no other time; what was logged must be saved."""
+    """SIGTERM at random instants of a run that saves at no other time; what was logged must be saved.
+
+    Args:
+        compiled: the blocks are compiled anew at their first call, and the instants are those of the compilation.
+    """
     rng, slowest, lost, saved = random.Random(seed), 0.0, 0, 0
+    target, longest = (_compiling, 30.0) if compiled else (train, 4.0)
     options = [*RUN, "saving.every=1000", "updates=1000", "evaluation.every=3", "rollout.group_size=4"]
     for trial in range(trials):
         run_dir = folder / f"term{trial}"
-        processes = begin(ranks, train, model, run_dir, *options)
+        processes = begin(ranks, target, model, run_dir, *options)
         while not (run_dir / "config.yaml").is_file():  # before that there is nothing to lose
             assert any(p.is_alive() for p in processes)
             time.sleep(0.02)
-        time.sleep(rng.uniform(0, 4))
+        time.sleep(rng.uniform(0, longest))
         began = time.monotonic()
         os.kill(processes[rng.randrange(ranks)].pid or 0, number)
         end(processes)
@@ -174,6 +185,22 @@ def terminations(
         lost, saved = lost + logged - step, saved + (step > 0)
         shutil.rmtree(run_dir)
     return {"trials": trials, "updates_lost": lost, "saved_something": saved, "slowest_seconds": round(slowest, 2)}
+
+
+def _compiling(model: Path, run_dir: Path, *overrides: str) -> None:
+    """A run whose blocks are compiled at their first calls; nothing of an earlier compilation is used."""
+    from runtime.session import Session
+
+    os.environ |= {"TORCHINDUCTOR_CACHE_DIR": str(run_dir / "compiled"), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    made = Session._make_learner
+
+    def compiled(self: Session) -> None:
+        made(self)
+        for block in self.episodes.networks.transformer.blocks:
+            block.compile()
+
+    Session._make_learner = compiled  # type: ignore[method-assign]
+    train(model, run_dir, *overrides)
 
 
 def _spoiled(model: Path, run_dir: Path, point: str, rank: int, iteration: int, *overrides: str) -> None:
@@ -323,6 +350,17 @@ def _hashed(model: Path, run_dir: Path, disk: Path | None, pause: float, *overri
     train(model, run_dir, *overrides)
 
 
+def distance(run_dir: Path, other: Path, step: int) -> float:
+    """Distance of a run's weights after some updates from another run's, relative to the norm of these."""
+    import torch
+
+    ours, theirs = (
+        checkpoint.load(folder / "checkpoints" / f"step_{step:06d}").tensors["weights"] for folder in (run_dir, other)
+    )
+    gap = torch.stack([(ours[k] - v).square().sum() for k, v in theirs.items()]).sum().sqrt()
+    return float(gap / torch.stack([v.square().sum() for v in theirs.values()]).sum().sqrt())
+
+
 ENGINES = {
     "plain": (1,),
     "two-processes": (2,),
@@ -335,21 +373,13 @@ ENGINES = {
 
 def engines(model: Path, folder: Path, updates: int, *overrides: str) -> dict[str, float]:
     """The same run under every engine: distance of the weights from the plain one's, relative to their norm."""
-    import torch
-
     options = ["reward=aesthetic", "rollout.prompts=4", "rollout.group_size=4", f"updates={updates}", *overrides]
     found, steps = {}, sorted({1, updates})
     for name, (ranks, *engine) in ENGINES.items():
         keep = ["saving.every=1", f"saving.keep={updates}"]
         together(int(ranks), train, model, folder / name, *options, *keep, *map(str, engine))
         for step in steps:
-            ours, plain = (
-                checkpoint.load(folder / n / "checkpoints" / f"step_{step:06d}").tensors["weights"]
-                for n in (name, "plain")
-            )
-            gap = torch.stack([(ours[k] - plain[k]).square().sum() for k in plain]).sum().sqrt()
-            norm = torch.stack([v.square().sum() for v in plain.values()]).sum().sqrt()
-            found[f"{name} after {step}"] = float(f"{float(gap / norm):.2e}")
+            found[f"{name} after {step}"] = float(f"{distance(folder / name, folder / 'plain', step):.2e}")
     assert max(found.values()) <= 1e-6, found
     return found
 
@@ -374,48 +404,6 @@ def replayed(bundle: Path) -> None:
         main("replay", replay.run, replay.prepare)
     except SystemExit as left:
         assert not left.code, left.code
-
-
-LAUNCHERS = {
-    "torchrun": ["-m", "torch.distributed.run", "--nproc-per-node", "2"],
-    "deepspeed": ["-m", "deepspeed.launcher.launch", "--node_rank", "0"],
-}
-
-
-def launched(model: Path, folder: Path, launcher: str, trials: int, seed: int = 0) -> dict[str, float]:
-    """SIGTERM to a launcher of two real processes at random instants; what was logged must be saved."""
-    import base64
-    import subprocess
-    import sys
-
-    rng, slowest, saved = random.Random(seed), 0.0, 0
-    world = base64.urlsafe_b64encode(json.dumps({"localhost": [0, 1]}).encode()).decode()
-    engine = "deepspeed_z2" if launcher == "deepspeed" else "plain"
-    for trial in range(trials):
-        run_dir, port = folder / f"trial{trial}", str(rng.randrange(20000, 40000))
-        options = [*SMALL, *RUN, f"model.path={model}", f"run_dir={run_dir}", "updates=1000", "saving.every=1000"]
-        extra = ["--world_info", world] if launcher == "deepspeed" else []
-        extra += ["--master_port", port]
-        command = [sys.executable, *LAUNCHERS[launcher], *extra, "experiments/grpo.py", f"engine={engine}", *options]
-        environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-        folder.mkdir(parents=True, exist_ok=True)
-        log = folder / f"{trial}.log"
-        with log.open("w") as out:
-            process = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
-        while not (run_dir / "config.yaml").is_file():
-            assert process.poll() is None, log.read_text()[-2000:]
-            time.sleep(0.1)
-        time.sleep(rng.uniform(1, 10))
-        began = time.monotonic()
-        process.terminate()
-        process.wait(60)
-        slowest = max(slowest, time.monotonic() - began)
-        rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-        logged = max((row["step"] for row in rows if "reward" in row), default=0)
-        step = max(checkpoint.complete_steps(run_dir), default=0)
-        assert 0 <= logged - step <= 1, f"{logged} updates logged, {step} saved: {log.read_text()[-2000:]}"
-        saved += step > 0
-    return {"trials": trials, "saved_something": saved, "slowest_seconds": round(slowest, 2)}
 
 
 def disk(model: Path, folder: Path) -> dict[str, Any]:
