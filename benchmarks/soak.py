@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 import tempfile
@@ -65,8 +66,11 @@ def jobs(model: Path, scratch: Path, share: float, minutes: float) -> dict[str, 
         "two ranks": lambda: trials.terminations(model, scratch / "two", count(10), 2),
         "torchrun": lambda: launches.launched(model, scratch / "torchrun", "torchrun", count(30)),
         "deepspeed": lambda: launches.launched(model, scratch / "deepspeed", "deepspeed", count(30)),
-        "disk": lambda: trials.disk(model, scratch / "disk"),
+        "disk": lambda: trials.disk(model, scratch / "disk") if os.geteuid() == 0 else {"skipped": "it takes root"},
         "kills": lambda: trials.kills_anywhere(model, scratch / "kills", count(50)),
+        "kills of two": lambda: trials.kills_anywhere(
+            model, scratch / "kills2", count(10), "engine=deepspeed_z2", ranks=2
+        ),
         "soak": lambda: trials.soak(model, scratch / "soak", 60 * minutes, 30.0, lambda text: print(text, flush=True)),
     }
 

@@ -38,6 +38,10 @@ from runtime.cells import (
 
 ALGORITHMS = ("grpo", "ppo", "dpo", "nft", "guard")
 STEPS = ("algorithm.epochs=1", "algorithm.minibatches=2")
+ABOUT = """`python experiments/compare.py` (`make compare`): the embedded student, and {updates} updates of every
+algorithm from it with the same number of generated frames and of optimizer steps, for every seed; {clips}
+held-out clips, last weights, mean ± standard deviation over seeds; the interval is that of the mean change
+(95 %, Student's t over seeds)."""
 METRICS = {"motion_error_px": "motion error, px", "aesthetic": "aesthetic", "frechet": "Frechet"}
 
 
@@ -96,7 +100,8 @@ def main() -> None:
     options = parser.parse_args()
     todo = cells(options.seeds, options.updates, options.clips, options.options)
     rows = run_all("compare", todo, options.out, weights_of(ROOT / "assets" / "tiny"), options.jobs, with_curve)
-    publish("compare", table(rows))
+    about = ABOUT.format(updates=options.updates, clips=options.clips)
+    publish("compare", result_pages.page("Algorithms side by side", about, rows, table(rows), "compare.png"))
     draw(rows, RESULTS / "compare.png")
     for arm, members in arms_of(rows).items():
         if arm in ALGORITHMS:

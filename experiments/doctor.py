@@ -27,6 +27,7 @@ from runtime.config import CONF, plain, validate
 from runtime.explain import known_keys
 from runtime.machine import Check, size
 from runtime.overrides import check
+from runtime.rules import split
 from runtime.settings import Settings
 
 if TYPE_CHECKING:
@@ -36,10 +37,13 @@ if TYPE_CHECKING:
 
 # Share of a product's speed that a whole iteration reaches, and of a device's memory that is worth a warning.
 EFFICIENCY, NEARLY_FULL = 0.45, 0.85
+TRAINED = ("gradients", "ZeRO's own copy", "optimizer", "averaged weights")
 MARKS = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "fails": "[red]fails[/]"}
 
 
-def configured(experiment: str, overrides: list[str], folder: str | None) -> tuple[Settings | None, Check]:
+def configured(
+    experiment: str, overrides: list[str], folder: str | None, processes: int | None = None
+) -> tuple[Settings | None, Check]:
     """Compose and validate; the settings where they could at least be built, and what to say."""
     where = [f"hydra.searchpath=[file://{Path(folder).resolve()}]"] if folder else []
     GlobalHydra.instance().clear()
@@ -50,6 +54,8 @@ def configured(experiment: str, overrides: list[str], folder: str | None) -> tup
             cfg = compose(experiment, [*where, *overrides])
         settings = schema.build(Settings, plain(cfg))
         validate(cfg)
+        if processes and settings.stage is None:
+            split(settings.rollout.prompts, processes)
     except (HydraException, ValueError, OSError) as error:
         return settings, Check("config", readable(error, partial(known_keys, experiment, folder)), "fails")
     return settings, Check("config", f"conf/{experiment}.yaml {' '.join(overrides)} composes and is valid")
@@ -148,7 +154,7 @@ def count_of(work: Workload, name: str) -> str:
     """How many numbers a row stands for."""
     if name in ("weights", "initial policy"):
         return f"{work.parameters / 1e6:.2f} M parameters"
-    return f"{work.trainable / 1e6:.2f} M train" if name in ("gradients", "optimizer", "averaged weights") else ""
+    return f"{work.trainable / 1e6:.2f} M train" if name in TRAINED else ""
 
 
 def time_table(work: Workload, seconds: dict[str, float], rate: float, updates: int) -> object:
@@ -167,12 +173,15 @@ def time_table(work: Workload, seconds: dict[str, float], rate: float, updates: 
 
 def checks(options: argparse.Namespace, overrides: list[str], console: Console) -> Iterator[Check]:
     """Everything that is looked at, in order; estimates print their tables on the way."""
-    settings, verdict = configured(options.experiment, overrides, options.config_dir)
+    settings, verdict = configured(options.experiment, overrides, options.config_dir, options.processes)
     yield from machine.packages(needed(settings) if settings is not None else frozenset())
     yield verdict
     if settings is None:
         return
     yield from devices(settings)
+    if settings.stage is not None:
+        yield Check("estimate", "none for supervised training: it counts iterations of reinforcement learning", "note")
+        return
     try:
         yield from measured(settings, options, console)
     except (ValueError, OSError) as error:

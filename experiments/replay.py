@@ -1,8 +1,9 @@
 """Look again at an update that was not finite: `python experiments/replay.py checkpoint=<run>/replay/step_000012`.
 
 The bundle holds the weights, the rollouts of all processes and the config of that very moment. The update is computed
-again from it, in one process, with the plain engine: what of it is not finite, where first, and whether acting again
-from the same weights and draws gives it too (if not, it came from outside: memory, a device, a reward service).
+again from it, in one process, with the plain engine: acting from the same weights and draws, decoding and scoring the
+kept latents, loss and gradient of the kept mini-batch. Where all that is finite now, what was seen came from outside:
+memory, a device, a reward service.
 Exit code 0: reproduced; 1: not.
 """
 
@@ -45,17 +46,18 @@ class Replay:
 
     def run(self, plan: Plan) -> None:
         """Print what of the update is not finite."""
-        from runtime.replay import acted, learned, opened
+        from runtime.replay import acted, kept, learned, opened, scored
         from runtime.session import Session
 
         with setup_phase():
             session = Session(plan.settings, plan.config)
             bundle = opened(session, self.folder)
         print(f"update {session.iteration + 1}: {bundle.point} was not finite ({bundle.what})")
-        found = learned(session, bundle)
-        for line in [*found, acted(session, bundle)]:
+        found, same = acted(session, bundle)
+        found = [*found, *scored(session, bundle), *learned(session, bundle)]
+        for line in filter(None, [*kept(bundle), *found, same]):
             print(line)
-        print("reproduced" if found else "not reproduced: every number is finite now")
+        print("reproduced" if found else "not reproduced: computed again, every number is finite; it came from outside")
         if not found:
             sys.exit(1)
 

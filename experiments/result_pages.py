@@ -16,6 +16,21 @@ from runtime.runlog import read
 AVERAGED = 10
 
 
+def page(title: str, about: str, rows: list[Row], table: str, figure: str) -> str:
+    """Markdown: a table with what it shows, the hardware and days of its cells, and its figure.
+
+    Args:
+        title: heading.
+        about: what was measured, and the command.
+        rows: the cells.
+        table: Markdown.
+        figure: file name of the figure, beside the page.
+    """
+    hardware, days = sorted({row["processor"] for row in rows}), sorted({row["date"] for row in rows})
+    made = f"One core of {' or '.join(hardware)} for each run; {' and '.join(days)}."
+    return f"# {title}\n\n{about} {made}\n\n{table}\n![{title}]({figure})\n"
+
+
 def logged(folder: Path) -> dict[str, list[float]]:
     """Means of every number that a run logged, over its first and over its last updates."""
     rows = [row for row in read(folder) if "seconds/rest" in row]

@@ -18,6 +18,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from experiments.result_pages import page
 from runtime.cells import (
     RESULTS,
     ROOT,
@@ -46,6 +47,12 @@ SCHEDULES = {
 }
 PROMPTS, SAMPLES = 4, 64  # of a rollout, so groups of 4 to 32 are compared
 KIND = "within"  # pairs of groups of one prompt: the policy gradient of that prompt against the noise of sampling
+TITLE = "Schedules of stochastic steps"
+ABOUT = """`python experiments/study.py schedules`: the embedded student under every schedule and two kernels (cps with
+its default eta, flow_sde with eta 0.7), {rollouts} rollouts each, {prompts} prompts of {samples} samples in
+all, the same for all. Signal: the share of the energy of a group's policy gradient that another group of the
+same prompt agrees on, ± its standard error. Samples and seconds for the same signal are relative to the
+kernel's first line, with a 95 % interval over resampled prompts."""
 # Keys of a config in which runs of one sweep may differ without being different settings.
 PLACES = ("run_dir", "resume", "checkpoint")
 
@@ -151,6 +158,7 @@ def draw_schedules(rows: list[Row], path: Path) -> None:
             name = row["arm"].removeprefix(kernel + "_").replace("_", " ")
             axes.errorbar(sizes, shares, errors, marker="o", capsize=3, label=name)
         axes.set(xscale="log", xlabel="samples of a group", title=kernel)
+        axes.minorticks_off()
         axes.set_xticks(sizes, [str(size) for size in sizes], minor=False)
         axes.axhline(0, color="0.7", linewidth=1)
     panels[0].set_ylabel("signal, 1/1000 of the energy of a group's gradient")
@@ -250,7 +258,8 @@ def main() -> None:
         weights = weights_of(ROOT / "assets" / "tiny")
         todo = cells(options.rollouts, options.options)
         rows = run_all(options.name, todo, options.out, weights, options.jobs, measured)
-        publish(options.name, schedule_table(rows))
+        about = ABOUT.format(rollouts=options.rollouts, prompts=options.rollouts * PROMPTS, samples=SAMPLES)
+        publish(options.name, page(TITLE, about, rows, schedule_table(rows), path.name))
         draw_schedules(rows, path)
         return
     folders = [run for folder in options.folders for run in runs_in(folder)]

@@ -49,7 +49,7 @@ def run(plan: Plan) -> None:
         session.on_step = progress.rollout_step
         with suppress(Stopped):  # what an iteration has done so far is dropped: it follows from the weights before it
             train(session, outcome, log, progress, watch)
-        if stop.requested and session.iteration:
+        if session.team.any(stop.requested) and session.iteration:
             session.save(required=True)
         progress.note(outcome.finish())
 
@@ -90,7 +90,8 @@ def iterate(session: Session, timer: PhaseTimer, log: RunLog, progress: Progress
     seconds = timer.seconds()
     log.log(session.iteration, {**metrics, **{f"seconds/{name}": value for name, value in seconds.items()}})
     algorithm = session.settings.algorithm
-    if algorithm.epochs * algorithm.minibatches == 1:  # every ratio is 1: nothing to clip
+    exact = session.settings.engine.precision == "fp32"
+    if exact and algorithm.epochs * algorithm.minibatches == 1:  # every ratio is 1: nothing to clip
         metrics.pop("clip_fraction", None)
     progress.update(session.iteration, metrics, seconds)
 

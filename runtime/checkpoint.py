@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
 STATE = "state.json"
-PACKAGES = ("torch", "torchrl", "tensordict", "diffusers", "transformers", "peft", "numpy")
+PACKAGES = ("torch", "torchrl", "tensordict", "diffusers", "transformers", "peft", "deepspeed", "numpy")
 
 
 @dataclass(frozen=True)
@@ -157,9 +157,9 @@ def prune(run_dir: Path, keep: int, best: int = 0) -> None:
     steps = complete_steps(run_dir)
     kept = {*steps[-keep:], best}
     newest = steps[-1] if steps else 0
-    for folder in (run_dir / FOLDER).glob("step_*"):
-        number = folder.name[5:]
-        if number.isdigit() and int(number) not in kept and int(number) <= newest:
+    for folder in _folders(run_dir):
+        number = int(folder.name.removeprefix("step_"))
+        if number not in kept and number <= newest:
             _remove(folder)
 
 
@@ -192,23 +192,32 @@ def load(folder: Path, rank: int | None = None) -> Snapshot:
 
 
 def latest(run_dir: Path) -> Path | None:
-    """Return the newest complete checkpoint, or None. Newer folders that are half-written or damaged are
-    removed, loudly.
+    """Return the newest complete checkpoint, or None. Newer folders that are half-written are removed, those that were
+    complete and are damaged are set aside as `damaged_step_<step>`, loudly.
     """
-    for folder in sorted((run_dir / FOLDER).glob("step_*"), reverse=True):
+    for folder in sorted(_folders(run_dir), reverse=True):
         broken = _broken(folder)
         if not broken:
             return folder
-        warnings.warn(f"{folder} is not complete ({', '.join(broken)}); removed")
-        _remove(folder)
+        if (folder / MANIFEST).is_file():
+            aside = folder.with_name(f"damaged_{folder.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+            warnings.warn(f"{folder} is damaged ({', '.join(broken)} missing or changed); set aside as {aside.name}")
+        else:
+            warnings.warn(f"{folder} is not complete ({', '.join(broken)}); removed")
+            _remove(folder)
     return None
+
+
+def _folders(run_dir: Path) -> list[Path]:
+    """Folders of checkpoints, complete or not; others (`step_000040_good`) are somebody's own."""
+    return [path for path in (run_dir / FOLDER).glob("step_*") if path.name.removeprefix("step_").isdigit()]
 
 
 def complete_steps(run_dir: Path) -> list[int]:
     """Steps of the checkpoints in `run_dir` that have a manifest, ascending. Hashes are not verified."""
-    return sorted(
-        int(p.parent.name[5:]) for p in (run_dir / FOLDER).glob(f"step_*/{MANIFEST}") if p.parent.name[5:].isdigit()
-    )
+    return sorted(int(p.name.removeprefix("step_")) for p in _folders(run_dir) if (p / MANIFEST).is_file())
 
 
 def read_state(folder: Path) -> dict[str, Any]:

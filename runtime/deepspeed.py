@@ -41,6 +41,9 @@ class DeepSpeedTrainer:
         import deepspeed
 
         deepspeed.utils.logger.setLevel(logging.ERROR)
+        # It would be compiled at the first start, for collectives that nothing here uses; a start that is killed
+        # meanwhile leaves a lock that all later ones wait for, and a killed run leaves its buffers in memory.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.team, self.stage, self._deepspeed = team, settings.stage, deepspeed
         self.parameters = [p for p in network.parameters() if p.requires_grad]
         own = adamw([{"params": self.parameters, "initial_lr": optimizer.lr}], optimizer)

@@ -57,9 +57,10 @@ class Workload:
         epochs, minibatches, accumulation: passes over a rollout, optimizer steps of a pass, parts of a step.
         history_gradient: gradient flows through finished frames.
         processes, zero: ranks that share the work, and ZeRO stage.
+        offload: what of it ZeRO keeps in the CPU's memory: `none`, `optimizer` or `parameters` (the weights as well).
         decoder: video decoder.
         encoder: bytes of the text encoder that lie on the device.
-        switches: settings of engine and model that this version has, such as `engine.accumulation`.
+        switches: settings that could lower memory here, such as `engine.accumulation`.
     """
 
     prompts: int
@@ -89,6 +90,7 @@ class Workload:
     history_gradient: bool = False
     processes: int = 1
     zero: int = 0
+    offload: str = "none"
     decoder: Decoder = Decoder()
     encoder: int = 0
     switches: frozenset[str] = frozenset()
@@ -140,12 +142,16 @@ def decoder_bytes(work: Workload) -> int:
 def standing(work: Workload) -> dict[str, int]:
     """Bytes that are there all the time, by name."""
     split = work.zero >= 3
+    # Gathered from the CPU layer by layer: two of them, the one at work and the next.
+    layers = 2 * work.weight_bytes * work.parameters // max(2, work.layers)
     weights = work.weight_bytes * _share(work.parameters, work.processes, split)
+    offloaded = work.offload != "none"
     rows = {
-        "weights": weights,
-        "initial policy": weights if work.reference == 1 else 0,
-        "gradients": FLOAT * _share(work.trainable, work.processes, work.zero >= 2),
-        "optimizer": optimizer_bytes(work.trainable, work.processes, work.zero),
+        "weights": layers if work.offload == "parameters" else weights,
+        "initial policy": work.weight_bytes * work.parameters if work.reference == 1 else 0,
+        "gradients": 0 if offloaded else FLOAT * _share(work.trainable, work.processes, work.zero >= 2),
+        "ZeRO's own copy": 0 if offloaded or not work.zero else FLOAT * _share(work.trainable, work.processes, True),
+        "optimizer": 0 if offloaded else optimizer_bytes(work.trainable, work.processes, work.zero),
         "averaged weights": FLOAT * work.trainable if work.averaged else 0,
         "video codec": work.decoder.parameters * work.decoder.weight_bytes,
         "text encoder": work.encoder,
@@ -238,12 +244,16 @@ def changes(work: Workload) -> dict[str, Workload]:
     prompts, group = max(1, work.prompts // 2), min(work.group, max(2, work.group // 2))
     window, frames = max(1, work.held // 2), max(2, work.frames // 2)
     found = {
-        "algorithm.kl_weight=0 (no copy of the initial policy)": replace(work, reference=0),
         f"rollout.prompts={prompts}": replace(work, prompts=prompts),
         f"rollout.group_size={group}": replace(work, group=group),
         f"rollout.window={window}": replace(work, held=window),
         f"rollout.frames={frames}": replace(work, frames=frames),
     }
+    if "algorithm.kl_weight" in work.switches:
+        others = work.switches - {"algorithm.kl_weight"}
+        found["algorithm.kl_weight=0 (no copy of the initial policy)"] = replace(work, reference=0, switches=others)
+    if "engine.offload" in work.switches and work.offload == "none":
+        found["engine.offload=optimizer (in the CPU's memory)"] = replace(work, offload="optimizer")
     if work.trainable == work.parameters:
         few = replace(work, trainable=work.trainable // 50, reference=2 if work.reference else 0)
         found["adaptation=lora (adapters of about 2 % of the weights)"] = few

@@ -70,7 +70,8 @@ class Watchdog:
         self.in_a_row += 1
         folder = self._keep(session, found, rollout)
         look = f"; look at it: python experiments/replay.py checkpoint={folder}" if folder else ""
-        where = f"update {session.iteration + 1}: {found}; the weights are as before"
+        kept = "the weights are as before it" if found.rows is None else "the weights are as before this mini-batch"
+        where = f"update {session.iteration + 1}: {found}; {kept}"
         if self.settings.non_finite == "stop":
             raise FloatingPointError(f"{where}; guard.non_finite=stop{look}")
         if self.in_a_row >= self.settings.patience:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
+import warnings
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -42,12 +43,14 @@ class FolderLock:
         handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             who = os.read(handle, 200).decode(errors="replace") or "another process"
             os.close(handle)
             raise ValueError(
                 f"run_dir={self.path.parent} is in use by {who}; wait for it to end, or choose another run_dir"
             ) from None
+        except OSError as error:  # a file system without locks, such as some of a network's
+            warnings.warn(f"run_dir={self.path.parent} cannot be locked ({error}): see that no other run uses it")
         os.ftruncate(handle, 0)
         os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
         self._handle = handle

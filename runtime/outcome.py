@@ -70,6 +70,11 @@ class Outcome:
             if self._choose_best() == self.session.iteration:
                 self.session.save()
 
+    @property
+    def complete(self) -> bool:
+        """Whether the run has made its last update and measured it."""
+        return any(row["update"] >= self.session.settings.updates for row in self.curve)
+
     def _done(self, update: int) -> bool:
         """Whether an update has been measured and, where the report shows it, its samples are there."""
         shown = update == 0 or update >= self.session.settings.updates
@@ -114,7 +119,7 @@ class Outcome:
     def finish(self) -> str:
         """Draw curves and report; return the closing words."""
         run_dir = self.session.run_dir
-        if self.session.iteration < self.session.settings.updates:
+        if not self.complete:
             return f"stopped after update {self.session.iteration}; go on with: run_dir={run_dir} resume=true"
         self._attempt(self._draw)
         return f"{closing(self._result())}\nreport: {run_dir / 'report.html'}"
@@ -181,6 +186,7 @@ class Outcome:
             "tracker": type(settings.evaluation.tracker).__name__,
             "found_by": found_by(self.session.truth),
             "curve": self.curve,
+            "complete": self.complete,
             "clip_errors_px": self.errors,
             "schedule": schedule_picture(self.session),
         }

@@ -51,14 +51,34 @@ def opened(session: Session, folder: Path) -> Bundle:
     return Bundle(notes["point"], notes["what"], rollout, rows)
 
 
+def kept(bundle: Bundle) -> list[str]:
+    """What is not finite in what was kept of the rollout; a line each."""
+    return [f"kept {key}: {text}" for key, value in bundle.rollout.items(True, True) if (text := _odd(value))]
+
+
+def scored(session: Session, bundle: Bundle) -> list[str]:
+    """What is not finite where the kept latents, which are, are decoded and scored again; a line or none.
+
+    `acted` comes before it: it makes the clips that rewards need.
+    """
+    latents = bundle.rollout.get("latents", None)
+    if latents is None or not bool(latents.isfinite().all()):
+        return []
+    rollout = bundle.rollout.clone()
+    try:
+        session.score(rollout, session.decode(rollout))
+    except NonFinite as found:
+        return [f"decoding and scoring again: {found}"]
+    return []
+
+
 def learned(session: Session, bundle: Bundle) -> list[str]:
-    """What is not finite in the rollout, and in loss and gradient of its mini-batch, computed again; a line each."""
-    lines = [f"kept {key}: {text}" for key, value in bundle.rollout.items(True, True) if (text := _odd(value))]
+    """What is not finite in loss and gradient of the mini-batch, computed again; a line each."""
     if bundle.rows is None:
-        return lines
+        return []
     found = session.loss_module(bundle.rollout[bundle.rows])
     losses = {name: value for name, value in found.items() if name.startswith("loss_")}
-    lines += [f"{name}: {float(value.detach())}" for name, value in losses.items() if not bool(value.isfinite())]
+    lines = [f"{name}: {float(value.detach())}" for name, value in losses.items() if not bool(value.isfinite())]
     sum(losses.values()).backward()  # type: ignore[union-attr]
     modules = {"network": session.episodes.networks.transformer, "critic": session.critic}
     named = [(f"{k}.{n}", p) for k, m in modules.items() if m is not None for n, p in m.named_parameters()]
@@ -66,18 +86,23 @@ def learned(session: Session, bundle: Bundle) -> list[str]:
     return lines + ([f"gradient: not finite in {len(odd)} tensors, first {odd[0]}"] if odd else [])
 
 
-def acted(session: Session, bundle: Bundle) -> str:
-    """Act again from the same weights and draws; says whether that gives the rollout that was kept."""
+def acted(session: Session, bundle: Bundle) -> tuple[list[str], str]:
+    """Act again from the same weights and draws: what is not finite (a line or none), and whether that gives the
+    rollout that was kept.
+    """
     try:
         again = session.rollout()["latents"]
     except NonFinite as found:
-        return f"acting again: {found}"
-    kept = bundle.rollout.get("latents", None)
-    if kept is None:
-        return "acting again: every latent is finite"
-    same = torch.equal(kept.nan_to_num(), again.nan_to_num()) and not _odd(kept)
-    gap = (kept - again).abs().nan_to_num(torch.inf).max()
-    return f"acting again: {'the same latents' if same else f'finite; differs from what was kept by {float(gap):.2e}'}"
+        return [f"acting again: {found}"], ""
+    old = bundle.rollout.get("latents", None)
+    if old is None:
+        return [], "acting again: every latent is finite"
+    gap = (old - again).abs().nan_to_num(torch.inf).max()
+    same = torch.equal(old, again)
+    return (
+        [],
+        f"acting again: {'the same latents' if same else f'finite; differs from what was kept by {float(gap):.2e}'}",
+    )
 
 
 def _odd(value: Tensor) -> str:

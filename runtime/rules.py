@@ -63,12 +63,14 @@ def minibatches(settings: Settings) -> None:
 
 
 def precision(settings: Settings) -> None:
-    """Rounding of bfloat16 weights loses small updates; engines other than `plain` may keep float32 copies."""
+    """Rounding of bfloat16 weights loses small updates. Copies that an engine keeps in float32 would not be in a
+    checkpoint, which holds the weights themselves.
+    """
     kept = getattr(settings.model, "precision", "float32") != "bfloat16" or settings.adaptation.kind == "lora"
     require(
-        kept or _name(settings.engine) != "Plain",
-        "model.precision=bfloat16 rounds most of an update away under engine=plain; use adaptation=lora, "
-        "model.precision=float32 engine.precision=bf16, or an engine that keeps float32 weights",
+        kept,
+        "model.precision=bfloat16 rounds most of an update of these weights away; use adaptation=lora, or "
+        "model.precision=float32 engine.precision=bf16",
     )
 
 
@@ -121,14 +123,19 @@ def alarms(settings: Settings) -> None:
     )
 
 
-def engines(settings: Settings) -> None:
-    """The engine is installed; groups are whole in every process; step 1 has loops of its own."""
-    engine, processes, prompts = settings.engine, ranks(), settings.rollout.prompts
-    engine.check()
+def split(prompts: int, processes: int) -> None:
+    """Groups are whole in every process."""
     require(
         prompts % processes == 0,
         f"rollout.prompts={prompts} cannot be split over {processes} processes; make it a multiple of {processes}",
     )
+
+
+def engines(settings: Settings) -> None:
+    """The engine is installed; step 1 has loops of its own."""
+    engine, processes = settings.engine, ranks()
+    engine.check()
+    split(settings.rollout.prompts, processes)
     if settings.stage is not None:
         changed = [f for f in dataclasses.fields(engine) if getattr(engine, f.name) != f.default]
         shape = ("threads", "precision", "activation_checkpointing")  # what they do, they do to a network

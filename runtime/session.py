@@ -68,6 +68,7 @@ class Session:
         self.episodes = Episodes(settings.world, networks, r, settings.schedule, self.device)
         # Before the reference is made: the KL is to the policy that this run starts from.
         state.adapt(settings, networks.transformer)
+        self.base = state.fingerprint(networks.transformer, networks.video)
         settings.engine.shape(networks.transformer)
         self.actor = Actor(networks.transformer, settings.transition, causality)
         self.parameters = [p for p in networks.transformer.parameters() if p.requires_grad]
@@ -157,7 +158,7 @@ class Session:
         metrics = self.settings.algorithm.prepare(whole, group, self.settings.rollout.chunk)
         self.team.own(whole, rollout)
         guard.check(
-            self.team, "reward", torch.cat([whole[k].flatten(1) for k in ("reward", "advantage") if k in whole], 1)
+            self.team, "reward", torch.cat([rollout[k].flatten(1) for k in ("reward", "advantage") if k in rollout], 1)
         )
         named = {f"reward_terms/{k}" if k in terms else k: v for k, v in metrics_of(terms).items()}
         valid = whole["valid"]
@@ -203,7 +204,7 @@ class Session:
             FloatingPointError: the run is to stop.
         """
         metrics = self.watchdog.bad(self, found, self._rollout)
-        self._end_update()
+        self.iteration += 1
         return metrics
 
     def evaluate(self) -> tuple[dict[str, float], list[Sample]]:
@@ -245,8 +246,6 @@ class Session:
         folder = checkpoint.folder_of(self.run_dir, self.iteration)
         try:
             self.write(folder)
-            if self.team.main:
-                checkpoint.prune(self.run_dir, self.settings.saving.keep, self.best)
             self.unsaved = False
         except OSError as error:
             text = f"{folder} could not be written ({error}); the checkpoints before it are whole"
@@ -255,6 +254,12 @@ class Session:
             if not self.unsaved:
                 self.notice(f"{text}; trying again after every update")
             self.unsaved = True
+            return
+        try:
+            if self.team.main:
+                checkpoint.prune(self.run_dir, self.settings.saving.keep, self.best)
+        except OSError as error:  # what was written is whole
+            self.notice(f"an old checkpoint could not be removed ({error})")
 
     def write(
         self,

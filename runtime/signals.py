@@ -39,7 +39,7 @@ class StopFlag:
     def __init__(self) -> None:
         self.requested = False
         self.team = Team()
-        self._since = 0.0
+        self._first: float | None = None  # when this process had its first
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopFlag:
@@ -60,11 +60,11 @@ class StopFlag:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if self.requested and now - self._since > ONE_REQUEST:
+        if self._first is not None and now - self._first > ONE_REQUEST:
             os.write(2, b"leaving at once; what the last checkpoint holds is kept\n")
             os._exit(128 + number)  # an exception would wait for what is being waited for
-        if not self.requested:
-            self.requested, self._since = True, now
+        if self._first is None:  # `requested` may be another process's: its signal is not this one's first
+            self.requested, self._first = True, now
             # os.write: a handler may interrupt a print
             name = signal.Signals(number).name
             os.write(2, f"\n{name}: saving and stopping; once more leaves at once\n".encode())

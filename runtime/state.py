@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from runtime import checkpoint
+from runtime.hardware import processor
 from runtime.identity import differences
 
 if TYPE_CHECKING:
@@ -83,8 +85,14 @@ def resume(session: Session) -> None:
         {**snapshot.config, "processes": snapshot.counters.get("processes", 1)},
         {**session.config, "processes": team.size},
     )
+    base = snapshot.counters.get("base", session.base)
+    if base != session.base:
+        raise ValueError(
+            f"resume=true: the weights that do not train are not those that {newest} was made with; put the model's "
+            f"files back, or start a new run from what was learned: checkpoint={newest}"
+        )
     if team.main:
-        _mention_versions(newest)
+        _mention_differences(session, newest, snapshot.counters)
     restore(session, snapshot)
 
 
@@ -100,17 +108,41 @@ def restore(session: Session, snapshot: checkpoint.Snapshot, optimizer: bool = T
     session.moments = snapshot.tensors["optimizer"] if optimizer else None
 
 
-def _mention_versions(folder: Path) -> None:
-    found = differences(dict(checkpoint.read_state(folder).get("versions", {})), checkpoint.versions())
+def _mention_differences(session: Session, folder: Path, counters: Mapping[str, Any]) -> None:
+    old = {**checkpoint.read_state(folder).get("versions", {}), **counters.get("machine", {})}
+    found = differences(old, {k: v for k, v in {**checkpoint.versions(), **machine(session)}.items() if k in old})
     if found:
-        warnings.warn(
-            f"{folder} was written with other versions ({'; '.join(found)}): the run goes on, not bit for bit"
-        )
+        warnings.warn(f"{folder} was written elsewhere ({'; '.join(found)}): the run goes on, not bit for bit")
+
+
+def machine(session: Session) -> dict[str, Any]:
+    """What of the hardware decides the order of sums."""
+    here = {"processor": processor(), "threads": torch.get_num_threads()}
+    return {**here, "device": session.device.partition(":")[0]}
 
 
 def notes(session: Session) -> dict[str, Any]:
     """Counters of a checkpoint."""
-    return {"processes": session.team.size, "in_a_row": session.watchdog.in_a_row}
+    return {
+        "processes": session.team.size,
+        "in_a_row": session.watchdog.in_a_row,
+        "base": session.base,
+        "machine": machine(session),
+    }
+
+
+def fingerprint(*modules: nn.Module) -> str:
+    """Hash of the weights that do not train: a checkpoint does not hold them, and a resumed run needs the same.
+
+    Sums of their bits as integers: the same on every device, whatever the order.
+    """
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, weight in module.named_parameters():
+            if not weight.requires_grad:
+                bits = weight.detach().contiguous().view({4: torch.int32, 2: torch.int16}[weight.element_size()])
+                digest.update(f"{name} {tuple(weight.shape)} {int(bits.sum(dtype=torch.int64))};".encode())
+    return digest.hexdigest()[:16]
 
 
 @torch.no_grad()

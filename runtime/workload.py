@@ -39,6 +39,7 @@ def workload(settings: Settings, processes: int | None = None, kind: str | None 
     cells, patch = (height // stride) * (width // stride), math.prod(shape["patch_size"][1:])
     parameters, trainable = counts(shape, settings.adaptation)
     compares = settings.algorithm.kl_weight > 0 or settings.algorithm.needs_reference
+    on = kind or device_kind(settings.device)
     lora = getattr(settings.adaptation, "kind", "full") == "lora"
     precision = getattr(model, "precision", "float32")
     stochastic = int(drawn(settings).sum(1).max())
@@ -70,16 +71,19 @@ def workload(settings: Settings, processes: int | None = None, kind: str | None 
         history_gradient=r.history_gradient,
         processes=processes or int(os.environ.get("WORLD_SIZE", "1")),
         zero=getattr(engine, "stage", 0),
+        offload="none" if on == "cpu" else getattr(engine, "offload", "none"),
         decoder=decoder,
-        encoder=0 if encoder_elsewhere(settings, kind or device_kind(settings.device)) else encoder_bytes(model),
-        switches=switches(settings),
+        encoder=0 if encoder_elsewhere(settings, on) else encoder_bytes(model),
+        switches=switches(settings, on),
     )
 
 
-def switches(settings: Settings) -> frozenset[str]:
-    """Which of the settings that save memory this engine has."""
-    names = ("accumulation", "activation_checkpointing")
-    return frozenset(f"engine.{name}" for name in names if hasattr(settings.engine, name))
+def switches(settings: Settings, kind: str) -> frozenset[str]:
+    """Which of the settings that save memory on a kind of device do something here."""
+    names = ("accumulation", "activation_checkpointing", *(("offload",) if kind != "cpu" else ()))
+    found = {f"engine.{name}" for name in names if hasattr(settings.engine, name)}
+    drops = settings.algorithm.kl_weight > 0 and not settings.algorithm.needs_reference
+    return frozenset(found | ({"algorithm.kl_weight"} if drops else set()))
 
 
 def drawn(settings: Settings) -> Any:

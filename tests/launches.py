@@ -13,7 +13,7 @@ from pathlib import Path
 
 from runtime import checkpoint
 from tests.processes import SMALL
-from tests.trials import RUN, distance
+from tests.trials import GRACE, RUN, distance
 
 LAUNCHERS: dict[str, list[str]] = {
     "python": [],
@@ -40,6 +40,7 @@ def launched(model: Path, folder: Path, launcher: str, trials: int, seed: int = 
         process.terminate()
         process.wait(60)
         slowest = max(slowest, time.monotonic() - began)
+        assert slowest < GRACE
         rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
         logged = max((row["step"] for row in rows if "reward" in row), default=0)
         step = max(checkpoint.complete_steps(run_dir), default=0)

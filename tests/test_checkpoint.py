@@ -116,7 +116,7 @@ def test_a_save_that_dies_anywhere_leaves_the_old_checkpoint_or_the_new_one(
     assert (1, 2) in seen and (2, 1) in seen, "both outcomes were reached, one of them with debris"
 
 
-@pytest.mark.filterwarnings("ignore:.*is not complete")
+@pytest.mark.filterwarnings("ignore:.*is damaged")
 @pytest.mark.parametrize("damage", ["flip", "cut", "gone", "manifest"])
 def test_damage_is_found_and_the_one_before_is_used(tmp_path: Path, damage: str) -> None:
     for step in (1, 2):
@@ -130,8 +130,16 @@ def test_damage_is_found_and_the_one_before_is_used(tmp_path: Path, damage: str)
     with pytest.raises((ValueError, FileNotFoundError)):
         load(folder)
     assert latest(tmp_path) == tmp_path / "checkpoints" / "step_000001"
-    assert not folder.exists()
+    assert not folder.exists() and folder.with_name("damaged_step_000002").is_dir()
     assert latest(tmp_path / "nothing") is None
+
+
+def test_a_folder_that_somebody_set_aside_stays(tmp_path: Path) -> None:
+    folder = save(tmp_path, snapshot(2), keep=5)
+    own = folder.rename(folder.with_name("step_000002_good"))
+    save(tmp_path, snapshot(1), keep=1)
+    assert latest(tmp_path) == tmp_path / "checkpoints" / "step_000001" and complete_steps(tmp_path) == [1]
+    assert own.is_dir()
 
 
 def test_only_the_newest_stay(tmp_path: Path) -> None:

@@ -285,3 +285,27 @@ def test_the_embedded_default_takes_what_is_estimated(tmp_path: Path, options: l
 def test_estimates_import_nothing_heavy() -> None:
     program = "import runtime.estimate, runtime.machine, sys; assert not {'torch', 'diffusers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True, cwd=CONF.parent)
+
+
+def test_zero_keeps_a_copy_and_offloads_it() -> None:
+    zero = replace(FULL, processes=8, zero=2, switches=frozenset({"engine.offload"}))
+    assert estimate.standing(zero)["ZeRO's own copy"] == 4 * FULL.trainable // 8
+    away = replace(zero, offload="optimizer")
+    assert not {"gradients", "ZeRO's own copy", "optimizer"} & estimate.standing(away).keys()
+    assert estimate.peak_bytes(away) < estimate.peak_bytes(zero)
+    assert "engine.offload=optimizer (in the CPU's memory)" in estimate.changes(zero)
+    assert "engine.offload=optimizer (in the CPU's memory)" not in estimate.changes(away)
+
+
+def test_nothing_is_advised_that_does_nothing() -> None:
+    for name in ("grpo", "dpo"):
+        kinds = workload.switches(settings(f"algorithm={name}"), "cuda")
+        assert ("algorithm.kl_weight" in kinds) == (name == "grpo")
+    assert "engine.offload" in workload.switches(settings("engine=deepspeed_z2"), "cuda")
+    assert "engine.offload" not in workload.switches(settings("engine=deepspeed_z2"), "cpu")
+
+
+def test_processes_are_part_of_the_check() -> None:
+    assert doctor.configured("grpo", ["rollout.prompts=4"], None, 4)[1].verdict == "ok"
+    refused = doctor.configured("grpo", ["rollout.prompts=4"], None, 8)[1]
+    assert refused.verdict == "fails" and "cannot be split over 8 processes" in refused.found

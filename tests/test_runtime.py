@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -115,6 +115,20 @@ def test_first_signal_is_a_request_second_leaves_and_handlers_come_back(monkeypa
             signal.raise_signal(signal.SIGTERM)
             assert stop.requested and left == codes
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_first_signal_of_a_process_that_others_have_stopped_is_not_its_second(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    left = list[int]()
+    monkeypatch.setattr(signals.os, "_exit", left.append)
+    with signals.StopFlag() as stop:
+        stop.team = SimpleNamespace(any=lambda flag: True)  # type: ignore[assignment]
+        with pytest.raises(signals.Stopped):
+            stop.poll()
+        monkeypatch.setattr(signals.time, "monotonic", lambda: 1e6)
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.requested and not left
 
 
 def test_without_wandb_the_local_log_goes_on_after_one_notice(

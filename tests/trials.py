@@ -18,6 +18,8 @@ from typing import Any
 from runtime import checkpoint
 from tests.processes import begin, end, together, train
 
+# Seconds after which launchers and schedulers kill what they have asked to stop.
+GRACE = 30.0
 POINTS = ("latent", "log_prob", "video", "reward", "loss", "gradient")
 
 # Every run of a trial: an update takes a fraction of a second.
@@ -69,28 +71,38 @@ def kills_while_saving(folder: Path, trials: int, seed: int = 0) -> dict[str, in
     return dict(found)
 
 
-def kills_anywhere(model: Path, folder: Path, kills: int, updates: int = 4, seed: int = 0) -> dict[str, float]:
-    """kill -9 at random instants of a run, resumed until it ends; all it leaves must equal the quiet run's bytes."""
+def kills_anywhere(
+    model: Path, folder: Path, kills: int, *overrides: str, updates: int = 4, ranks: int = 1, seed: int = 0
+) -> dict[str, float]:
+    """kill -9 at random instants of a run, resumed until it ends; all it leaves must equal the quiet run's bytes.
+
+    An instant is so long after the start, or after one of the saves: half of them each.
+    """
     rng, done, runs, where = random.Random(seed), 0, 0, Counter[str]()
-    options = [*RUN, f"updates={updates}", "evaluation.every=2", "optimizer.ema=0.5", "saving.keep=3"]
-    together(1, train, model, folder / "quiet", *options)
+    options = [*RUN, f"updates={updates}", "evaluation.every=2", "optimizer.ema=0.5", "saving.keep=3", *overrides]
+    together(ranks, train, model, folder / "quiet", *options)
     began = time.monotonic()  # of a run whose imports are done
-    together(1, train, model, folder / "again", *options)
+    together(ranks, train, model, folder / "again", *options)
     took = time.monotonic() - began
     assert weights(folder / "again") == weights(folder / "quiet")
     while done < kills:
         run_dir = folder / f"run{runs}"
         while True:
-            (process,) = begin(1, train, model, run_dir, *options, "resume=true")
-            process.join(rng.uniform(0.1, 1.2 * took) if done < kills else None)
-            if process.exitcode is not None:
+            processes = begin(ranks, train, model, run_dir, *options, "resume=true")
+            if done < kills:
+                saved = rng.choice([0, rng.randrange(1, updates)])
+                while max(checkpoint.complete_steps(run_dir), default=0) < saved and processes[0].is_alive():
+                    time.sleep(0.01)
+                processes[0].join(rng.uniform(0, took / updates if saved else took))
+            if done == kills or processes[0].exitcode is not None:
+                end(processes)
                 break
-            process.kill()
-            process.join()
+            for process in processes:
+                process.kill()
+                process.join()
             done += 1
             steps = max(checkpoint.complete_steps(run_dir), default=0)
             where[f"killed with {steps} updates saved"] += 1
-        assert process.exitcode == 0
         assert weights(run_dir) == weights(folder / "quiet"), "weights, optimizer or averages differ"
         assert history(run_dir) == history(folder / "quiet"), "the reward history differs"
         shutil.rmtree(run_dir)
@@ -178,6 +190,7 @@ def terminations(
         os.kill(processes[rng.randrange(ranks)].pid or 0, number)
         end(processes)
         slowest = max(slowest, time.monotonic() - began)
+        assert slowest < GRACE
         rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
         logged = max((row["step"] for row in rows if "reward" in row), default=0)
         step = max(checkpoint.complete_steps(run_dir), default=0)
@@ -253,12 +266,16 @@ def injection(model: Path, folder: Path, point: str, *overrides: str, ranks: int
     return run_dir
 
 
-def growth(model: Path, folder: Path, updates: int, warmup: int) -> dict[str, float]:
-    """Memory, file descriptors and threads of a run after `warmup` updates and at its end."""
+def growth(model: Path, folder: Path, updates: int, warmup: int, percent: float = 2.0) -> dict[str, float]:
+    """Memory, file descriptors and threads of a run after `warmup` updates and at its end: as many, and no more than
+    `percent` more memory.
+    """
     together(1, _watched, model, folder, updates, warmup)
     first, last = json.loads((folder / "growth.json").read_text())
     counts = {f"{k}_{when}": row[k] for k in ("descriptors", "threads") for when, row in (("0", first), ("1", last))}
-    return {"memory_growth_percent": round(100 * (last["rss"] / first["rss"] - 1), 3), **counts}
+    grown = 100 * (last["rss"] / first["rss"] - 1)
+    assert grown < percent and all(first[k] == last[k] for k in ("descriptors", "threads")), (first, last)
+    return {"memory_growth_percent": round(grown, 3), **counts}
 
 
 def _watched(model: Path, run_dir: Path, updates: int, warmup: int) -> None:
@@ -292,13 +309,17 @@ def soak(
     options = [*RUN, *outage, "scoring.on_failure=stop", "updates=1000000", "evaluation.every=0", "saving.every=3"]
     (quiet,) = begin(1, _hashed, model, folder / "quiet", None, 0.0, *options)
     ends, process = time.monotonic() + seconds, None
+    expected: int | None = 0
     while time.monotonic() < ends:
         if process is None or not process.is_alive():
+            assert process is None or process.exitcode == expected, (process.exitcode, expected)
             faults["starts"] += 1
             (process,) = begin(1, _hashed, model, folder / "run", flags["disk"], 0.1, *options, "resume=true")
         fault = rng.choice(["kill", "terminate", "outage", "disk"])
         _wait(min(every, ends - time.monotonic()), process)
+        assert process.is_alive(), process.exitcode
         faults[fault] += 1
+        expected = {"kill": -9, "terminate": 0, "outage": 1, "disk": None}[fault]
         if fault == "kill":
             process.kill()
             process.join()
@@ -368,6 +389,8 @@ ENGINES = {
     "ZeRO-1": (2, "engine=deepspeed_z1"),
     "ZeRO-2": (2, "engine=deepspeed_z2"),
     "ZeRO-3-accumulation-2": (2, "engine=deepspeed_z3", "engine.accumulation=2"),
+    "ZeRO-2-offloaded": (2, "engine=deepspeed_z2", "engine.offload=optimizer"),
+    "ZeRO-3-offloaded": (2, "engine=deepspeed_z3", "engine.offload=parameters"),
 }
 
 
@@ -387,23 +410,38 @@ def engines(model: Path, folder: Path, updates: int, *overrides: str) -> dict[st
 def injected(model: Path, folder: Path, point: str, *overrides: str) -> str:
     """`injection`, then the replay of its bundle, which must find it again."""
     run_dir = injection(model, folder, point, *overrides)
-    together(1, replayed, run_dir / "replay" / "step_000001")
-    return "weights unchanged in both processes, reproduced"
+    bundle = run_dir / "replay" / "step_000001"
+    together(1, replayed, bundle, point)
+    if point in ("loss", "gradient"):  # of the algorithm itself
+        return "weights unchanged in both processes, reproduced"
+    together(1, replayed, bundle, "", 1)
+    return "weights unchanged in both processes, reproduced; not where the fault is gone"
 
 
-def replayed(bundle: Path) -> None:
-    """The replay of a bundle; exits with 1 where nothing is found again. For `begin`."""
+def replayed(bundle: Path, point: str = "", code: int = 0) -> None:
+    """The replay of a bundle; its exit code must be `code`. For `begin`.
+
+    Args:
+        bundle: its folder.
+        point: where the fault of the run is there again, as one that follows from weights and draws would be.
+        code: 0 where something must be found again, 1 where nothing may be.
+    """
     import sys
 
     from experiments.replay import Replay
     from runtime.cli import main
+    from tests.faulty import spoil
 
+    if point:
+        spoil(point, 0, int(bundle.name.rpartition("_")[2]))
     replay = Replay()
     sys.argv = ["replay.py", f"checkpoint={bundle}", f"run_dir={bundle.parent / 'looked_at'}"]
     try:
         main("replay", replay.run, replay.prepare)
     except SystemExit as left:
-        assert not left.code, left.code
+        assert (left.code or 0) == code, left.code
+    else:
+        assert code == 0
 
 
 def disk(model: Path, folder: Path) -> dict[str, Any]:
