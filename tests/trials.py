@@ -308,7 +308,8 @@ def soak(
     outage = ["reward.aesthetic._target_=tests.faulty.OutAtTimes", f"+reward.aesthetic.outage={flags['outage']}"]
     options = [*RUN, *outage, "scoring.on_failure=stop", "updates=1000000", "evaluation.every=0", "saving.every=3"]
     (quiet,) = begin(1, _hashed, model, folder / "quiet", None, 0.0, *options)
-    ends, process = time.monotonic() + seconds, None
+    ends = time.monotonic() + seconds
+    process: Any = None
     expected: int | None = 0
     while time.monotonic() < ends:
         if process is None or not process.is_alive():
