@@ -3,11 +3,11 @@
 For every seed one student per way of making clips, from the same teacher with the same number of updates: Self-Rollout
 and Self-Forcing with chunks of 1 and of 3 frames (3 is the paper's baseline), teacher forcing. Beside them the initial
 model and the teacher, which take many steps and see the whole clip. All on the same held-out clips and noise, with the
-last weights: sampled by the ODE and by re-noising, at the training length and at two and four times that, there with
-caches of 7, 15 and 25 frames.
+last weights: sampled by the ODE and by re-noising, at the training length and at two and four times that, there also
+with caches of 15 and 25 frames (of the paper's student, Self-Rollout with chunks of 1).
 A probe with one step less says how good the guesses are that Self-Forcing shows to later frames. The result is
-`docs/results/step1.jsonl`, `step1.md` (the table) and `step1.png` (error along the clip). Interrupt it at will: it goes
-on where it stopped.
+`docs/results/step1.jsonl`, `step1.md` (a table per sampler) and `step1.png` (error along the clip). Interrupt it at
+will: it goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from runtime.cells import (
+    BUSY,
     FRAMES,
     RESULTS,
     Cell,
@@ -23,6 +24,7 @@ from runtime.cells import (
     arguments,
     arms_of,
     figure,
+    latency,
     many_steps,
     markdown,
     mean_seconds,
@@ -34,6 +36,7 @@ from runtime.cells import (
 )
 from runtime.models import Pretrained
 
+CLIPS = 64
 # Of every student: teacher forcing, the same for all students of a seed and chunk, then distribution matching.
 POOL = "stage.pool=512"
 WARM_UP = (POOL, "stage.teacher_forcing.steps=800", "stage.match=false", "evaluation.clips=2")
@@ -53,14 +56,22 @@ METRICS = {
     "frechet": "Frechet",
     "frechet_video": "Frechet, video",
 }
-PROBES = {
-    "renoise": "re-noised",
-    "two_steps": "2 steps",
-    "long2": "2 x length",
-    "long4": "4 x length",
-    "cache15": "4 x length, cache 15",
-    "cache25": "4 x length, cache 25",
+RENOISE = "evaluation.sampler=renoise"
+LONGER = {"long2": 2 * FRAMES, "long4": 4 * FRAMES}
+# Table: its lines, each a probe (or the run's own evaluation, "") and its clips.
+TABLES = {
+    "ODE steps": {
+        "": "training length",
+        "two_steps": "training length, 2 steps",
+        "long2": "2 x length",
+        "long4": "4 x length",
+        "cache15": "4 x length, cache 15",
+        "cache25": "4 x length, cache 25",
+    },
+    "Re-noised steps": {"renoise": "training length", "renoise_long2": "2 x length", "renoise_long4": "4 x length"},
 }
+# Sampler: the probes whose error along the clip is drawn.
+CURVES = {"ODE steps": ("", *LONGER), "Re-noised steps": ("renoise", *(f"renoise_{name}" for name in LONGER))}
 
 
 def cells(seeds: int, clips: int, initial: str, teacher: str, options: list[str]) -> list[Cell]:
@@ -82,72 +93,97 @@ def cells(seeds: int, clips: int, initial: str, teacher: str, options: list[str]
             warm = (*shared, *WARM_UP, *begun)
             after = Cell("warm_up_" + (chunk[0].rpartition("=")[2] if chunk else "1"), seed, "distill.py", warm)
             student = (*shared, *common, *chunk, "model.transformer={folder}/transformer")
-            probes = (
-                Probe("renoise", (*student, "evaluation.sampler=renoise")),
-                Probe("two_steps", (*student, "rollout.sigmas=[1.0,0.755,0.0]")),
-                Probe("long2", (*student, f"rollout.frames={2 * FRAMES}")),
-                Probe("long4", (*student, f"rollout.frames={4 * FRAMES}")),
-                Probe("cache15", (*student, f"rollout.frames={4 * FRAMES}", "rollout.window=15")),
-                Probe("cache25", (*student, f"rollout.frames={4 * FRAMES}", "rollout.window=25")),
-            )
+            probes = tuple(Probe(name, (*student, *how)) for name, how in probed(arm).items())
             start = "model.transformer={after}/transformer"
             overrides = (*shared, strategy[0], *MATCHING, start, *begun)
             found.append(Cell(arm, seed, "distill.py", overrides, probes, after))
     return found
 
 
+def probed(arm: str) -> dict[str, tuple[str, ...]]:
+    """What a student's probes differ in from the evaluation of its run."""
+    found: dict[str, tuple[str, ...]] = {"two_steps": ("rollout.sigmas=[1.0,0.755,0.0]",), "renoise": (RENOISE,)}
+    for name, frames in LONGER.items():
+        found[name] = (f"rollout.frames={frames}",)
+        found[f"renoise_{name}"] = (*found[name], RENOISE)
+    if arm == "self_rollout":
+        found |= {f"cache{size}": (*found["long4"], f"rollout.window={size}") for size in (15, 25)}
+    return found
+
+
 def whole(name: str, path: str, shared: tuple[str, ...]) -> Cell:
     """Cell of a model that sees whole clips, in many steps."""
-    lengths = {"long2": 2 * FRAMES, "long4": 4 * FRAMES}
-    probes = [Probe(key, (*shared, *many_steps(path, n))) for key, n in lengths.items()]
+    probes = [Probe(key, (*shared, *many_steps(path, n))) for key, n in LONGER.items()]
     return Cell(name, 0, "evaluate.py", (*shared, *many_steps(path)), tuple(probes))
 
 
-def table(rows: list[Row]) -> str:
-    """Markdown: a line per arm, mean ± standard deviation over seeds; further samplers and lengths by motion error."""
-    heads = ["", "seeds", *METRICS.values(), *(f"{name}: px" for name in PROBES.values()), "seconds"]
-    lines = []
-    for arm, members in arms_of(rows).items():
-        values = [spread([m["after"][key] for m in members]) for key in METRICS]
-        values += [
-            spread([m["probes"][name]["after"]["motion_error_px"] for m in members])
-            if name in members[0]["probes"]
-            else ""
-            for name in PROBES
+def weights_in(initial: str, teacher: str) -> str:
+    """Hashes of all weights that a cell may start from or be judged by."""
+    return " ".join(
+        weights_of(Pretrained("assets/tiny", transformer=part).network) for part in (*JUDGES, initial, teacher)
+    )
+
+
+def measured_as(probe: str, members: list[Row]) -> list[Row]:
+    """What a probe, or the run's own evaluation (""), measured of an arm; empty where it has none."""
+    return [m["probes"][probe] if probe else m for m in members if not probe or probe in m["probes"]]
+
+
+def tables(rows: list[Row]) -> str:
+    """Markdown: a table per sampler, with a line per arm, length and cache: mean ± standard deviation over seeds."""
+    heads = ["", "clips", "seeds", *METRICS.values(), "first frame, s", "seconds of training"]
+    parts, arms = [], arms_of(rows)
+    for title, probes in TABLES.items():
+        lines = [
+            [arm, clips, str(len(found)), *values(found), latency(found), "" if probe else mean_seconds(members)]
+            for probe, clips in probes.items()
+            for arm, members in arms.items()
+            if (found := measured_as(probe, members))
         ]
-        lines.append([arm, str(len(members)), *values, mean_seconds(members)])
-    truth = next(r for r in rows if r["truth"])["truth"]
-    extractor = next((r["extractor"] for r in rows if r.get("extractor")), "?")
-    lines.append(["true clips", "", *(f"{truth[key]:.3f}" for key in METRICS), *[""] * (len(PROBES) + 1)])
-    return markdown(heads, lines) + f"\nFrechet distances are between features of {extractor}.\n"
+        parts.append(f"**{title}**\n\n{markdown(heads, lines)}")
+    truth = values([{"after": row["truth"]} for row in rows if row["truth"]][:1])
+    clips = ", ".join(f"{name} {value}" for name, value in zip(METRICS.values(), truth, strict=True))
+    extractor = next((row["extractor"] for row in rows if row.get("extractor")), "?")
+    notes = f"""± is the standard deviation over seeds. True clips of the training length: {clips}.
+Frechet distances are between features of {extractor}, to true clips of the same length.
+{BUSY}
+"""
+    return "\n".join([*parts, notes])
+
+
+def values(measured: list[Row]) -> list[str]:
+    """Every metric of an arm, as text."""
+    return [spread([each["after"][key] for each in measured], key) for key in METRICS]
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Plot the error along clips of four times the training length: mean over seeds, and its range."""
-    found = {}
-    for arm, members in arms_of(rows).items():
-        curves = [m["probes"]["long4"]["error_by_frame"] for m in members]
-        found[arm] = (range(1, len(curves[0]) + 1), curves)
-    page, axes = figure(width=8)
-    plot_ranges(axes, found)
-    axes.axvline(FRAMES - 1, color="0.5", linestyle="--", linewidth=1)
-    axes.annotate("end of the clips in training", (FRAMES - 0.8, 0), xycoords=("data", "axes fraction"), color="0.4")
-    axes.set(xlabel="latent frame", ylabel="motion error, px", ylim=(0, None))
-    page.savefig(path, dpi=120)
+    """Plot the error along the clip, by sampler and length: mean over seeds, and its range."""
+    page, panels = figure(len(CURVES["ODE steps"]), width=14, height=8, rows=len(CURVES), sharey=True)
+    for line, (sampler, probes) in zip(panels, CURVES.items(), strict=True):
+        for axes, probe, times in zip(line, probes, (1, 2, 4), strict=True):
+            found = {}
+            for arm, members in arms_of(rows).items():
+                # an arm that was not sampled so is an empty curve: the others keep their colours
+                curves = [each["error_by_frame"] for each in measured_as(probe, members)] or [[]]
+                found[arm] = (range(1, len(curves[0]) + 1), curves)
+            plot_ranges(axes, found)
+            axes.axvline(FRAMES - 1, color="0.5", linestyle="--", linewidth=1)  # the end of the clips in training
+            axes.set(title=f"{sampler}, {times} x the training length", xlabel="latent frame")
+        line[0].set_ylabel("motion error, px")
+    panels[0][0].set_ylim(bottom=0)  # of all panels, once all is drawn
+    page.savefig(path, dpi=110)
 
 
 def main() -> None:
-    """Run what is missing; write table and figure."""
-    parser = arguments(__doc__, "outputs/step1", clips=64)
+    """Run what is missing; write tables and figure."""
+    parser = arguments(__doc__, "outputs/step1", clips=CLIPS)
     parser.add_argument("--initial", default="initial", help="the initial model, as model.transformer names it")
     parser.add_argument("--teacher", default="teacher", help="the teacher, likewise")
     parser.add_argument("options", nargs="*", help="overrides of distill.py, such as updates=100")
     options = parser.parse_args()
     todo = cells(options.seeds, options.clips, options.initial, options.teacher, options.options)
-    parts = (*JUDGES, options.initial, options.teacher)
-    weights = " ".join(weights_of(Pretrained("assets/tiny", transformer=part).network) for part in parts)
-    rows = run_all("step1", todo, options.out, weights, options.jobs)
-    publish("step1", table(rows))
+    rows = run_all("step1", todo, options.out, weights_in(options.initial, options.teacher), options.jobs)
+    publish("step1", tables(rows))
     draw(rows, RESULTS / "step1.png")
 
 

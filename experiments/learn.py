@@ -27,6 +27,8 @@ from runtime.cells import (
     weights_of,
 )
 
+# What `tables.py` takes from here is trained as here.
+UPDATES, CLIPS = 120, 128
 # The last stage of algorithms/pretraining/chain.py, with steps that take about as long as 120 GRPO
 # updates (the table gives seconds). Most of the clips are new to the student.
 SUPERVISED = (
@@ -92,8 +94,8 @@ def table(rows: list[Row]) -> str:
 
 def main() -> None:
     """Run what is missing and write the table."""
-    parser = arguments(__doc__, "outputs/learn", clips=128)
-    parser.add_argument("--updates", type=int, default=120, help="GRPO updates per run")
+    parser = arguments(__doc__, "outputs/learn", clips=CLIPS)
+    parser.add_argument("--updates", type=int, default=UPDATES, help="GRPO updates per run")
     options = parser.parse_args()
     todo, weights = cells(options.seeds, options.updates, options.clips), weights_of(ROOT / "assets" / "tiny")
     rows = run_all("learn", todo, options.out, weights, options.jobs)

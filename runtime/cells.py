@@ -1,7 +1,8 @@
 """Tables of many runs: each cell is a run of its own, in a folder of its own, and is run once.
 
-A finished cell is not run again as long as its command and the weights it starts from are the same: its result stands
-in `docs/results/<table>.jsonl`, which is committed. An unfinished one goes on from what it left in its folder.
+A finished cell is not run again as long as its command, the settings that this comes to (`config`, a hash) and the
+weights it starts from are the same: its result stands in `docs/results/<table>.jsonl`, which is committed, and needs no
+folder. An unfinished one goes on from what it left in its folder.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -23,6 +25,7 @@ from threading import Lock
 from typing import Any
 
 from runtime.checkpoint import replace_text, sha256
+from runtime.composed import Run, fingerprint
 from runtime.hardware import processor
 from runtime.runlog import read as read_log
 from runtime.verdict import t95
@@ -32,7 +35,12 @@ EXPERIMENTS, RESULTS = ROOT / "experiments", ROOT / "docs" / "results"
 # Latent frames of a clip in training.
 FRAMES = 9
 Row = dict[str, Any]
-# Held while a run that cells share is made, by its name.
+# What makes two results the same result.
+IDENTITY = ("command", "config", "weights")
+# Digits after the point where they are not 3: smoothness differs in the fourth.
+DIGITS = {"smoothness": 4}
+BUSY = "† measured while the machine was busy with other work: an upper bound."
+# Held while a run that cells share is made, by its folder.
 _ALONE: dict[str, Lock] = defaultdict(Lock)
 
 
@@ -50,6 +58,19 @@ class Probe:
 
 
 @dataclass(frozen=True)
+class Home:
+    """Where a table keeps its cells.
+
+    Attributes:
+        out: folder of the cells' folders.
+        weights: hash of all weights that a cell may start from or be judged by.
+    """
+
+    out: Path
+    weights: str
+
+
+@dataclass(frozen=True)
 class Cell:
     """One run: a script with overrides, and evaluations of what came out.
 
@@ -59,7 +80,9 @@ class Cell:
         script: in `experiments/`.
         overrides: of the script.
         probes: run after it.
-        after: a run that other cells may share and that this one starts from, as `{after}` in its overrides.
+        after: a run that other cells may share and that this one starts from, as `{after}` in its overrides. It is made
+            when this one is run, and only then.
+        home: that of the table that it belongs to; none: of the one that is being made.
     """
 
     arm: str
@@ -68,6 +91,7 @@ class Cell:
     overrides: tuple[str, ...]
     probes: tuple[Probe, ...] = ()
     after: Cell | None = None
+    home: Home | None = None
 
     @property
     def name(self) -> str:
@@ -75,12 +99,19 @@ class Cell:
         return f"{self.arm}_{self.seed}"
 
     @property
+    def runs(self) -> list[Run]:
+        """Those before it, its own, and its probes."""
+        first = self.after.runs if self.after else []
+        return [*first, (self.script, self.overrides), *(("evaluate.py", probe.overrides) for probe in self.probes)]
+
+    @property
     def command(self) -> str:
-        """What one would type for the run before it, for it, and for its probes."""
-        first = [self.after.command] if self.after else []
-        runs = [(self.script, self.overrides), *(("evaluate.py", probe.overrides) for probe in self.probes)]
-        typed = (" ".join(["python", f"experiments/{script}", *overrides]) for script, overrides in runs)
-        return "; ".join([*first, *typed])
+        """What one would type for its runs."""
+        return "; ".join(" ".join(["python", f"experiments/{script}", *overrides]) for script, overrides in self.runs)
+
+    def identity(self, weights: str) -> dict[str, str]:
+        """By what its result is recognised: see `IDENTITY`."""
+        return dict(zip(IDENTITY, (self.command, fingerprint(self.runs), weights), strict=True))
 
 
 def many_steps(model: str, frames: int = FRAMES) -> tuple[str, ...]:
@@ -91,7 +122,7 @@ def many_steps(model: str, frames: int = FRAMES) -> tuple[str, ...]:
 
 
 def evaluated(folder: Path) -> Row:
-    """What a run left that measures models: `before`, `after`, `truth`, error by frame, extractor, seconds."""
+    """What a run left that measures models: `before`, `after`, `truth`, error by frame, extractor, speed, seconds."""
     found = json.loads((folder / "evaluation.json").read_text())
     return {
         "before": found.get("before"),
@@ -99,6 +130,7 @@ def evaluated(folder: Path) -> Row:
         "truth": found.get("truth"),
         "error_by_frame": found.get("error_by_frame"),
         "extractor": found.get("extractor"),
+        "speed": found.get("speed"),
         "seconds": training_seconds(folder, found),
     }
 
@@ -118,14 +150,14 @@ def run_all(
         jobs: cells at a time.
         read: tells what a cell's folder holds when its run is done.
     """
-    path = RESULTS / f"{table}.jsonl"
-    known = {(row["command"], row["weights"]): row for row in rows_in(path)}
-    found = {cell.name: known[key] for cell in cells if (key := (cell.command, weights)) in known}
-    others = [row for row in known.values() if row["weights"] == weights and row not in found.values()]
+    path, found = RESULTS / f"{table}.jsonl", recorded(table, cells, weights)
+    others = [row for row in rows_in(path) if row["weights"] == weights and row not in found.values()]
 
     def keep(name: str, row: Row) -> None:
         found[name] = row
-        write_rows(path, [*(found[cell.name] for cell in cells if cell.name in found), *others])
+        commands = {each["command"] for each in found.values()}  # under other settings than before, perhaps
+        rest = (other for other in others if other["command"] not in commands)
+        write_rows(path, [*(found[cell.name] for cell in cells if cell.name in found), *rest])
         error = f": motion error {row['after']['motion_error_px']:.3f} px" if row.get("after") else " is done"
         print(f"{name}{error}", flush=True)
 
@@ -135,6 +167,13 @@ def run_all(
         for done in as_completed(runs):
             keep(runs[done], done.result())
     return [found[cell.name] for cell in cells]
+
+
+def recorded(table: str, cells: Sequence[Cell], weights: str) -> dict[str, Row]:
+    """What stands in `docs/results/<table>.jsonl` of some cells: cell's name -> result."""
+    known = {tuple(row.get(key) for key in IDENTITY): row for row in rows_in(RESULTS / f"{table}.jsonl")}
+    keys = {cell.name: tuple(cell.identity(weights).values()) for cell in cells}
+    return {name: known[key] for name, key in keys.items() if key in known}
 
 
 def rows_in(path: Path) -> list[Row]:
@@ -182,14 +221,14 @@ def plot_ranges(
     axes.legend(frameon=False)
 
 
-def figure(panels: int = 1, width: float = 7.5, height: float = 4.5, **options: Any) -> tuple[Any, Any]:
-    """A figure that needs no screen, and its axes."""
+def figure(panels: int = 1, width: float = 7.5, height: float = 4.5, rows: int = 1, **options: Any) -> tuple[Any, Any]:
+    """A figure that needs no screen, and its axes: `panels` beside each other in each of `rows`."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    return plt.subplots(1, panels, figsize=(width, height), layout="constrained", **options)
+    return plt.subplots(rows, panels, figsize=(width, height), layout="constrained", **options)
 
 
 def arms_of(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -213,19 +252,14 @@ def run(cell: Cell, out: Path, threads: int, weights: str, read: Callable[[Path]
     """
     folder = out / cell.name
     result, begun = folder / "result.json", folder / "begun.json"
-    identity = {"command": cell.command, "weights": weights}
+    identity = cell.identity(weights)
+    for note in (result, begun):
+        there = json.loads(note.read_text()) if note.is_file() else identity
+        if changed := [key for key in IDENTITY if there.get(key) != identity[key]]:
+            raise RuntimeError(f"{note} is of another {' and '.join(changed)}; remove {folder}, or change --out")
     if result.is_file():
-        row = dict(json.loads(result.read_text()))
-        if {key: row.get(key) for key in identity} != identity:
-            raise RuntimeError(f"{folder} holds the result of another command or of other weights; remove it, or --out")
-        return row
-    if begun.is_file() and json.loads(begun.read_text()) != identity:
-        raise RuntimeError(f"{folder} holds the start of another command or of other weights; remove it, or --out")
-    overrides = cell.overrides
-    if cell.after:
-        with _ALONE[cell.after.name]:  # cells that share it wait
-            run(cell.after, out, threads, weights, read)
-        overrides = tuple(text.format(after=out / cell.after.name) for text in overrides)
+        return dict(json.loads(result.read_text()))
+    overrides = _ready(cell, Home(out, weights), threads)
     folder.mkdir(parents=True, exist_ok=True)
     replace_text(begun, json.dumps(identity))
     _start(cell.script, overrides, folder, threads)
@@ -235,12 +269,23 @@ def run(cell: Cell, out: Path, threads: int, weights: str, read: Callable[[Path]
         if not (place / "evaluation.json").is_file():
             place.mkdir(exist_ok=True)
             _start("evaluate.py", tuple(text.format(folder=folder) for text in probe.overrides), place, threads)
-        found = json.loads((place / "evaluation.json").read_text())
-        probes[probe.name] = {"after": found["policy"], "error_by_frame": found["error_by_frame"]}
+        measured = evaluated(place)
+        probes[probe.name] = {key: measured[key] for key in ("after", "error_by_frame", "speed")}
     row = {"arm": cell.arm, "seed": cell.seed, **read(folder), "probes": probes}
     row |= {"date": time.strftime("%Y-%m-%d"), "processor": processor(), **identity}
     replace_text(result, json.dumps(row))
     return row
+
+
+def _ready(cell: Cell, home: Home, threads: int) -> tuple[str, ...]:
+    """Make the run that a cell starts from; returns the cell's overrides with its folder in them."""
+    if cell.after is None:
+        return cell.overrides
+    home = cell.after.home or home
+    folder = home.out / cell.after.name
+    with _ALONE[str(folder)]:  # cells that share it wait
+        run(cell.after, home.out, threads, home.weights)
+    return tuple(text.format(after=folder) for text in cell.overrides)
 
 
 def _start(script: str, overrides: tuple[str, ...], folder: Path, threads: int) -> None:
@@ -268,9 +313,18 @@ def seconds_of(row: Row) -> float:
     return float(sum(value for key, value in row.items() if key.startswith("seconds/")))
 
 
-def spread(values: list[float]) -> str:
-    """Mean and standard deviation over seeds, as text."""
-    return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+def spread(values: list[float], metric: str = "") -> str:
+    """Mean and standard deviation over seeds, as text with the digits of a metric."""
+    digits = DIGITS.get(metric, 3)
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{deviation}"
+
+
+def latency(measured: Sequence[Row]) -> str:
+    """Seconds to the first frame, with `†` where the machine was busy; empty where it was not measured."""
+    speeds = [each["speed"] for each in measured if each.get("speed")]
+    busy = any(speed.get("load", math.inf) > speed.get("cores", 0) for speed in speeds)
+    return spread([speed["latency_s"] for speed in speeds]) + " †" * busy if speeds else ""
 
 
 def interval(values: list[float]) -> tuple[float, float]:

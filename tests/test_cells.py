@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from experiments import ablation_step1, compare, learn, result_pages
-from runtime import cells
-from runtime.cells import Cell, Probe
+from runtime import cells, composed
+from runtime.cells import Cell, Home, Probe
 
 CELL = Cell("arm", 3, "evaluate.py", ("seed=3",), (Probe("longer", ("model.transformer={folder}/transformer",)),))
 
@@ -23,7 +28,8 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
 
     def start(script: str, overrides: tuple[str, ...], folder: Path, threads: int) -> None:
         calls.append((script, folder.name, *overrides))
-        found = {"policy": {"motion_error_px": 2.0}, "truth": {}, "error_by_frame": [1.0, 3.0]}
+        found: dict[str, Any] = {"policy": {"motion_error_px": 2.0}, "truth": {}, "error_by_frame": [1.0, 3.0]}
+        found["speed"] = {"latency_s": 0.5}
         (folder / "evaluation.json").write_text(json.dumps(found))
 
     monkeypatch.setattr(cells, "_start", start)
@@ -36,7 +42,11 @@ def test_a_cell_is_run_once_with_its_probes(tmp_path: Path, started: list[tuple[
         ("evaluate.py", "arm_3", "seed=3"),
         ("evaluate.py", "longer", f"model.transformer={tmp_path / 'arm_3'}/transformer"),
     ]
-    assert row["after"]["motion_error_px"] == 2.0 and row["probes"]["longer"]["error_by_frame"] == [1.0, 3.0]
+    assert row["after"]["motion_error_px"] == 2.0 and row["probes"]["longer"] == {
+        "after": {"motion_error_px": 2.0},
+        "error_by_frame": [1.0, 3.0],
+        "speed": {"latency_s": 0.5},
+    }
     assert cells.run(CELL, tmp_path, 1, "w") == row and len(started) == 2
 
 
@@ -48,15 +58,28 @@ def test_what_was_interrupted_goes_on(tmp_path: Path, started: list[tuple[str, .
 
 
 @pytest.mark.parametrize("finished", [True, False])
-@pytest.mark.parametrize(("changed", "weights"), [(("seed=4",), "w"), (("seed=3",), "other")])
+@pytest.mark.parametrize(
+    ("changed", "weights", "words"),
+    [(("seed=4",), "w", "another command;"), (("seed=3",), "other", "another weights;")],
+)
 def test_another_command_or_other_weights_are_refused(
-    tmp_path: Path, started: list[tuple[str, ...]], finished: bool, changed: tuple[str, ...], weights: str
+    tmp_path: Path, started: list[tuple[str, ...]], finished: bool, changed: tuple[str, ...], weights: str, words: str
 ) -> None:
-    cells.run(CELL, tmp_path, 1, "w")
+    cell = Cell("arm", 3, "evaluate.py", ("seed=3",))
+    cells.run(cell, tmp_path, 1, "w")
     if not finished:
         (tmp_path / "arm_3" / "result.json").unlink()
-    with pytest.raises(RuntimeError, match="another command or of other weights"):
+    with pytest.raises(RuntimeError, match=words):
         cells.run(Cell("arm", 3, "evaluate.py", changed), tmp_path, 1, weights)
+
+
+@pytest.fixture
+def conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A copy of `conf/` that command lines are composed from."""
+    monkeypatch.setattr(composed, "CONF", Path(shutil.copytree(composed.CONF, tmp_path / "conf")))
+    composed._settings.cache_clear()
+    yield tmp_path / "conf"
+    composed._settings.cache_clear()
 
 
 def test_a_result_that_is_recorded_is_not_made_again(
@@ -75,14 +98,76 @@ def test_a_result_that_is_recorded_is_not_made_again(
     assert len(started) == 4 and len(cells.rows_in(tmp_path / "results" / "table.jsonl")) == 1
 
 
+def change(file: Path, old: str, new: str) -> None:
+    """Change a default; what was composed before is forgotten."""
+    assert file.read_text().count(old) == 1
+    file.write_text(file.read_text().replace(old, new))
+    composed._settings.cache_clear()
+
+
+def test_a_default_that_changes_is_another_config(conf: Path) -> None:
+    """What neither changes the result of a script nor is read by it makes no difference; nor does a seed."""
+    grpo, evaluation = ("grpo.py", ("updates=3", "logger=local")), ("evaluate.py", ("model.transformer={after}/x",))
+    both, one, measured = (composed.fingerprint(runs) for runs in ([grpo, evaluation], [grpo], [evaluation]))
+    assert len({both, one, measured}) == 3
+    places = ("run_dir=here", "resume=true", "engine.threads=7", "checkpoint={folder}/c", "logger=wandb", "seed=5")
+    assert composed.fingerprint([("grpo.py", ("updates=3", *places))]) == one
+    change(conf / "algorithm" / "grpo.yaml", "clip: 0.02", "clip: 0.03")
+    assert composed.fingerprint([evaluation]) == measured, "an evaluation learns nothing"
+    learned = composed.fingerprint([grpo])
+    assert learned != one
+    change(conf / "config.yaml", "updates: 120", "updates: 121")
+    assert composed.fingerprint([grpo]) == learned, "its command says how many"
+    change(conf / "config.yaml", "window: 7", "window: 6")
+    assert composed.fingerprint([grpo]) != learned and composed.fingerprint([evaluation]) != measured
+
+
+def test_what_does_not_compose_is_refused_in_one_line() -> None:
+    with pytest.raises(
+        ValueError, match=r"^python experiments/evaluate.py evaluation.clip=3: evaluation.clip does not"
+    ):
+        composed.fingerprint([("evaluate.py", ("evaluation.clip=3",))])
+
+
+def test_composing_imports_no_torch() -> None:
+    code = "import sys, runtime.composed as c; c.fingerprint([('grpo.py', ())]); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=cells.ROOT).returncode == 0
+
+
+def test_a_result_of_other_defaults_is_made_again_and_replaced(
+    tmp_path: Path, started: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch, conf: Path
+) -> None:
+    monkeypatch.setattr(cells, "RESULTS", tmp_path / "results")
+    todo = [Cell("arm", seed, "evaluate.py", (f"seed={seed}",)) for seed in range(2)]
+    cells.run_all("table", todo, tmp_path / "runs", "w", 1)
+    change(conf / "config.yaml", "window: 7", "window: 6")
+    with pytest.raises(RuntimeError, match=r"result.json is of another config; remove "):
+        cells.run_all("table", todo[:1], tmp_path / "runs", "w", 1)
+    cells.run_all("table", todo[:1], tmp_path / "elsewhere", "w", 1)
+    found = cells.rows_in(tmp_path / "results" / "table.jsonl")
+    assert [row["seed"] for row in found] == [0, 1] and len({row["config"] for row in found}) == 2
+    assert list(cells.recorded("table", todo, "w")) == ["arm_0"]
+
+
 def test_cells_share_the_run_that_they_start_from(tmp_path: Path, started: list[tuple[str, ...]]) -> None:
-    first = Cell("first", 0, "distill.py", ("steps=8",))
-    todo = [Cell(arm, 0, "distill.py", ("from={after}/x",), after=first) for arm in ("a", "b")]
+    first = Cell("first", 0, "distill.py", ("updates=8",))
+    todo = [Cell(arm, 0, "distill.py", ("model.transformer={after}/x",), after=first) for arm in ("a", "b")]
     with ThreadPoolExecutor(2) as pool:
         rows = list(pool.map(lambda cell: cells.run(cell, tmp_path, 1, "w"), todo))
-    assert started[0] == ("distill.py", "first_0", "steps=8"), "before those that need it, and once"
-    assert sorted(started[1:]) == [("distill.py", f"{arm}_0", f"from={tmp_path / 'first_0'}/x") for arm in "ab"]
-    assert rows[0]["command"].startswith("python experiments/distill.py steps=8; python experiments/distill.py from=")
+    assert started[0] == ("distill.py", "first_0", "updates=8"), "before those that need it, and once"
+    begun = f"model.transformer={tmp_path / 'first_0'}/x"
+    assert sorted(started[1:]) == [("distill.py", f"{arm}_0", begun) for arm in "ab"]
+    assert rows[0]["command"].startswith("python experiments/distill.py updates=8; python experiments/distill.py mod")
+
+
+def test_a_cell_may_start_from_one_of_another_table(tmp_path: Path, started: list[tuple[str, ...]]) -> None:
+    """It is made in that table's folder, with its weights, as that table would make it, and found there later."""
+    first = Cell("first", 0, "distill.py", ("updates=8",))
+    home = Home(tmp_path / "other", "v")
+    cell = Cell("a", 0, "evaluate.py", ("model.transformer={after}/x",), after=replace(first, home=home))
+    row = cells.run(cell, tmp_path / "here", 1, "w", lambda folder: {"read": True})
+    assert row["read"] and started[1] == ("evaluate.py", "a_0", f"model.transformer={tmp_path / 'other' / 'first_0'}/x")
+    assert cells.run(first, home.out, 1, home.weights)["weights"] == "v" and len(started) == 2
 
 
 def test_weights_are_told_apart_by_content_and_place(tmp_path: Path) -> None:
@@ -115,26 +200,34 @@ def test_intervals_by_hand() -> None:
     assert (low, high) == pytest.approx((2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5))
 
 
-def row(arm: str, seed: int, error: float, probes: bool = False) -> dict[str, Any]:
+def row(arm: str, seed: int, error: float, probes: tuple[str, ...] = ()) -> dict[str, Any]:
     metrics = dict.fromkeys({*learn.METRICS, *ablation_step1.METRICS}, 1.0) | {"motion_error_px": error}
-    found = (
-        {name: {"after": metrics, "error_by_frame": [error] * 8} for name in ablation_step1.PROBES} if probes else {}
-    )
-    return {"arm": arm, "seed": seed, "after": metrics, "truth": metrics, "seconds": 60, "probes": found}
+    measured = {"after": metrics, "error_by_frame": [error] * 8}
+    fast = {"speed": {"latency_s": 0.25, "load": 1.0, "cores": 2}}
+    found = {name: {**measured, **fast} for name in probes}
+    return {"arm": arm, "seed": seed, **measured, "truth": metrics, "seconds": 60, "probes": found}
 
 
 def test_the_tables_say_what_was_found(tmp_path: Path) -> None:
     found = learn.table([row("student", 0, 4.0), *(row("grpo", s, e) for s, e in enumerate((2.0, 3.0, 4.0)))])
     assert "| grpo | 3 | 3.000 ± 1.000 |" in found and "-50.0 %, -25.0 %, +0.0 %; mean in [-87.1, +37.1] %" in found
-    rows = [
-        row("teacher", 0, 1.0, probes=True),
-        *(row("self_rollout", s, e, probes=True) for s, e in enumerate((2.0, 4.0))),
-    ]
-    found = ablation_step1.table(rows)
-    assert (
-        found.count("3.000 ± 1.414") == 1 + len(ablation_step1.PROBES)
-        and len({line.count("|") for line in found.splitlines()[:-2]}) == 1
-    )
+
+
+def test_the_tables_of_step_1_say_every_metric_of_both_samplers(tmp_path: Path) -> None:
+    names = tuple(ablation_step1.probed("self_rollout"))
+    students = [row("self_rollout", seed, error, names) for seed, error in enumerate((2.0, 4.0))]
+    students[1]["probes"]["cache15"]["speed"]["load"] = 5.0
+    rows = [row("teacher", 0, 1.0, ("long2", "long4")), *students]
+    found = ablation_step1.tables(rows)
+    assert {name for probes in ablation_step1.TABLES.values() for name in probes} == {"", *names}
+    assert found.count("| 3.000 ± 1.414 | 1.000 ± 0.000 | 1.0000 ± 0.0000 |") == 1 + len(names)
+    assert len({line.count("|") for line in found.splitlines() if line.startswith("|")}) == 1
+    teacher = [line for line in found.splitlines() if line.startswith("| teacher |")]
+    assert len(teacher) == 3, "it is sampled by the ODE only"
+    assert teacher[0].endswith("| 1.000 |  | 60 |") and teacher[1].endswith("| 1.000 | 0.250 |  |")
+    cached = next(line for line in found.splitlines() if "cache 15" in line)
+    assert cached.endswith("| 0.250 ± 0.000 † |  |"), "and the latency of every cache"
+    assert "smoothness 1.0000" in found and "features of ?" in found
     ablation_step1.draw(rows, tmp_path / "curve.png")
     assert (tmp_path / "curve.png").stat().st_size > 5000
 
@@ -154,6 +247,10 @@ def test_the_cells_of_step_1_are_all_arms_and_seeds() -> None:
     assert chunked.after is not None and {"rollout.chunk=3", "stage.match=false"} <= set(chunked.after.overrides)
     assert all("rollout.window=3" in p.overrides and "updates=5" not in p.overrides for p in chunked.probes)
     assert all("rollout.chunk=3" in p.overrides for p in chunked.probes)
+    probes = {p.name: set(p.overrides) for p in chunked.probes}
+    assert {"rollout.frames=36", "evaluation.sampler=renoise"} <= probes["renoise_long4"] and "cache15" not in probes
+    paper = {p.name: set(p.overrides) for c in made if c.name == "self_rollout_0" for p in c.probes}
+    assert {"rollout.frames=36", "rollout.window=25"} <= paper["cache25"]
 
 
 def test_the_comparison_of_algorithms(tmp_path: Path) -> None:
