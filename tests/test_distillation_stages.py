@@ -74,7 +74,7 @@ class TestTeacher:
             return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
         x0 = draw(1, 3, *LATENT, seed=0).repeat(8, 1, 1, 1, 1)
-        return LatentPool(x0, draw(8, 3, *LATENT, seed=1), draw(8, 5, 6, seed=2))
+        return LatentPool(x0, draw(8, 3, *LATENT, seed=1), draw(8, 5, 6, seed=2), 8)
 
     def test_the_teacher_is_asked_with_its_guidance(self) -> None:
         model, who = network(), student(network())
