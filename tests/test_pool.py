@@ -34,8 +34,8 @@ def encoded_as_before(
     """Latents, control and text of every row, 64 clips in one call each, as `encode_pool` made them once."""
     latents, drags, embeds = [], [], []
     for low in range(first, first + count, 64):
-        clips = ClipPool(world, bucket, range(low, min(low + 64, first + count)))
-        clips = clips.batch(range(len(clips)))
+        indices = range(low, min(low + 64, first + count))
+        clips = ClipPool(world, bucket, indices).batch(range(len(indices)))
         latents.append(networks.video.encode(clips.video))
         tracks = jittered(clips.trajectory, track_noise, generator(Stream.TRAINING, *bucket, low, 6))
         drags.append(networks.video.encode(heatmap(tracks, networks.video.stride)))
@@ -77,10 +77,15 @@ class Few:
 def test_a_clip_is_encoded_once_and_a_call_holds_few_pixels(
     networks: Networks, track_noise: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bucket, calls = WORLD.buckets[0], []
+    bucket, calls = WORLD.buckets[0], list[int]()
     plain = encode_pool(WORLD, networks.video, networks.text, bucket, 5)
     encode = networks.video.encode
-    monkeypatch.setattr(networks.video, "encode", lambda v: calls.append(v[:, 0].numel()) or encode(v))
+
+    def counted(video: Tensor) -> Tensor:
+        calls.append(video[:, 0].numel())
+        return encode(video)
+
+    monkeypatch.setattr(networks.video, "encode", counted)
     clip = 5 * 16 * 16
     monkeypatch.setattr("algorithms.distillation.pool.VAE_PIXELS", 2 * clip + 1)
     pool = encode_pool(Few(), networks.video, networks.text, bucket, 12, first=3, track_noise=track_noise)
