@@ -7,7 +7,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,7 +58,7 @@ def intervals(
     found: dict[str, Estimate] = {name: of_mean(column) for name, column in values.items()}
     for name, (total, count) in position_totals(samples).items():
         total, count = total[count > 0], count[count > 0]
-        found[name] = jackknife(len(count), _quotient(total, count))
+        found[name] = replace(jackknife(len(count), _quotient(total, count)), over="positions")
     sides = [_features(side, judge) for side in (samples, truth)]
     clips = len(sides[0][0])
     for i, name in enumerate(DISTANCES):

@@ -164,7 +164,8 @@ def test_motion_consistency_is_one_estimate_with_its_own_interval() -> None:
     assert values["motion_visible"][:2] == pytest.approx([1, 0.5]) and math.isnan(values["motion_visible"][2])
     for name, scale in (("motion_visible", 1), ("motion_consistency", 5)):
         assert found[name] == known[name]["value"] == pytest.approx(scale * 10 / 12)
-        assert known[name]["clips"] == 2
+        assert known[name]["clips"] == 2 and known[name]["over"] == "positions"
+    assert known["motion_error_px"]["over"] == "clips"
 
 
 def test_the_interval_of_a_quotient_covers_it() -> None:
