@@ -76,3 +76,17 @@ def assemble_condition(reference: Tensor, control: Tensor, noise: Tensor) -> Ten
     mask[:, 0] = 1
     image = torch.cat([reference[:, None], noise[:, 1:]], dim=1)
     return torch.cat([mask, image, control], dim=2)
+
+
+def restarted(condition: Tensor, reference: Tensor) -> Tensor:
+    """The condition of a clip that begins with the first of these frames: mask 1 and its reference there.
+
+    Args:
+        condition: of the frames, `[B, M, 4 + 2C, h, w]`.
+        reference: latent that the clip begins with, `[B, C, h, w]`.
+    """
+    import torch
+
+    control = condition[:, :1, MASK_CHANNELS + reference.shape[1] :]
+    mask = torch.ones_like(condition[:, :1, :MASK_CHANNELS])
+    return torch.cat([torch.cat([mask, reference[:, None], control], dim=2), condition[:, 1:]], dim=1)

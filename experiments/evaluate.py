@@ -43,7 +43,8 @@ def run(plan: Plan) -> None:
         "policy",
         "± over clips",
         "true clips",
-        title=f"{e.clips} {e.split} clips, {type(e.tracker).__name__}, {session.judge.features.name}",
+        title=f"{e.clips} {e.split} clips, {type(e.tracker).__name__}, {session.judge.features.name}, "
+        f"interpolator {session.judge.interpolator.name}",
     )
     for name, value in metrics.items():
         half = f"{known[name]['half']:.4f}" if name in known else ""
@@ -58,6 +59,7 @@ def run(plan: Plan) -> None:
         "truth": truth,
         "error_by_frame": error_by_frame(samples),
         "extractor": session.judge.features.name,
+        "interpolator": session.judge.interpolator.name,
         "clips": e.clips,
         "tracker": type(e.tracker).__name__,
         "found_by": found_by(session.truth),

@@ -19,11 +19,13 @@ class Estimate:
         value: the estimate.
         half: half-width of its 95 % interval over clips; NaN where there are too few.
         clips: how many could be measured.
+        over: `clips`, which all weigh the same, or `positions`, all clips together.
     """
 
     value: float
     half: float
     clips: int
+    over: str = "clips"
 
 
 def of_mean(values: Sequence[float]) -> Estimate:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-
-def linear(before: Tensor, after: Tensor) -> Tensor:
-    """The simplest interpolator: the mean of both neighbours."""
-    return (before + after) / 2
+    from metrics.interpolators import Interpolator
 
 
-def smoothness(video: Tensor, interpolate: Callable[[Tensor, Tensor], Tensor] = linear) -> Tensor:
+def smoothness(video: Tensor, interpolator: Interpolator) -> Tensor:
     """Smoothness `[B]` of `video [B, 3, T, H, W]` in [-1, 1]: drop odd frames, interpolate, compare.
 
     `(255 - mean |odd - interpolated|) / 255` on values 0..255. VBench's interpolator is a network (AMT), so only values
@@ -22,7 +18,7 @@ def smoothness(video: Tensor, interpolate: Callable[[Tensor, Tensor], Tensor] = 
 
     Args:
         video: the clips.
-        interpolate: from the even frames before and after, each `[B, 3, n, H, W]` in 0..255, the frames between.
+        interpolator: makes the frames between the even ones.
 
     Raises:
         ValueError: fewer than three frames.
@@ -31,6 +27,6 @@ def smoothness(video: Tensor, interpolate: Callable[[Tensor, Tensor], Tensor] = 
         raise ValueError(f"smoothness needs 3 frames or more, got {video.shape[2]}")
     pixels = (video.float().clamp(-1, 1) + 1) * 127.5
     even, odd = pixels[:, :, ::2], pixels[:, :, 1::2]
-    between = interpolate(even[:, :, :-1], even[:, :, 1:])
+    between = interpolator.between(even[:, :, :-1], even[:, :, 1:])
     difference = (odd[:, :, : between.shape[2]] - between).abs().mean((1, 2, 3, 4))
     return (255 - difference) / 255

@@ -7,7 +7,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,11 +15,10 @@ from torch import Tensor
 
 from metrics.frechet import frechet_distance
 from metrics.intervals import Estimate, jackknife, of_mean
-from metrics.motion import counted, drag_score, endpoint_error, per_clip
+from metrics.motion import counted, endpoint_error, per_clip
 from metrics.smoothness import smoothness
 from policies.sampler import generate
-from rewards.motion import PROFILES
-from runtime.evaluation import EVALUATION_SEED, Judge, Sample, in_sight, motion_errors
+from runtime.evaluation import EVALUATION_SEED, Judge, Sample, in_sight, motion_errors, position_totals
 
 if TYPE_CHECKING:
     from policies.actor import Actor
@@ -34,17 +33,13 @@ def by_clip(samples: Sequence[Sample], judge: Judge) -> dict[str, list[float]]:
     `motion_error_px` (ObjMC: every asked position, lost points where the tracker guesses them), `epe_px` (only what
     the tracker saw), `motion_visible` (the share it saw), `motion_consistency`, `smoothness`, `aesthetic`.
     """
-    found: dict[str, list[Tensor]] = {"motion_error_px": [motion_errors(list(samples))]}
+    found = {name: [total / count] for name, (total, count) in position_totals(samples).items()}
+    found["motion_error_px"] = [motion_errors(list(samples))]
     for s in samples:
-        asked, sight = s.clips.trajectory, in_sight(s.clips)
-        every = counted(asked, reference=sight)
-        seen = counted(asked, s.tracks, sight)
-        score = drag_score(asked, s.tracks.xy, *PROFILES["paper"]) * s.tracks.visible
+        seen = counted(s.clips.trajectory, s.tracks, in_sight(s.clips))
         rows = {
-            "epe_px": per_clip(endpoint_error(asked, s.tracks), seen),
-            "motion_visible": per_clip(s.tracks.visible.float(), every),
-            "motion_consistency": per_clip(score, every),
-            "smoothness": smoothness(s.video),
+            "epe_px": per_clip(endpoint_error(s.clips.trajectory, s.tracks), seen),
+            "smoothness": smoothness(s.video, judge.interpolator),
             "aesthetic": judge.aesthetic.score(s.video, s.clips).value[:, 1:].mean(1),
         }
         for name, values in rows.items():
@@ -55,8 +50,15 @@ def by_clip(samples: Sequence[Sample], judge: Judge) -> dict[str, list[float]]:
 def intervals(
     values: dict[str, list[float]], samples: Sequence[Sample], truth: Sequence[Sample], judge: Judge
 ) -> dict[str, dict[str, float]]:
-    """Estimate and half-width of its 95 % interval for every metric of `by_clip` and both Frechet distances."""
+    """Estimate and half-width of its 95 % interval for every metric of `by_clip` and both Frechet distances.
+
+    Estimates are those of `measure`: means of clips, but quotients over all positions where it has these, whose
+    interval is a jackknife's as that of distances, for clips weigh differently.
+    """
     found: dict[str, Estimate] = {name: of_mean(column) for name, column in values.items()}
+    for name, (total, count) in position_totals(samples).items():
+        total, count = total[count > 0], count[count > 0]
+        found[name] = replace(jackknife(len(count), _quotient(total, count)), over="positions")
     sides = [_features(side, judge) for side in (samples, truth)]
     clips = len(sides[0][0])
     for i, name in enumerate(DISTANCES):
@@ -64,6 +66,10 @@ def intervals(
             warnings.simplefilter("ignore")  # few clips: `measure` has said it
             found[name] = jackknife(clips, _distance(sides[0][i], sides[1][i]))
     return {name: asdict(estimate) for name, estimate in found.items()}
+
+
+def _quotient(total: Tensor, count: Tensor) -> Callable[[list[int]], float]:
+    return lambda rows: float(total[rows].sum() / count[rows].sum())
 
 
 def _distance(one: Tensor, other: Tensor) -> Callable[[list[int]], float]:

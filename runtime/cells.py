@@ -123,7 +123,10 @@ def many_steps(model: str, frames: int = FRAMES) -> tuple[str, ...]:
 
 def evaluated(folder: Path) -> Row:
     """What a run left that measures models: `before`, `after`, `truth`, error by frame, extractor, speed, seconds."""
-    found = json.loads((folder / "evaluation.json").read_text())
+    path = folder / "evaluation.json"
+    found = json.loads(path.read_text()) if path.is_file() else {"complete": False}
+    if not found.get("complete", True):
+        raise RuntimeError(f"{folder} was stopped before its end; start this again to go on")
     return {
         "before": found.get("before"),
         "after": found.get("after", found.get("policy")),

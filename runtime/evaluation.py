@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +16,7 @@ from data.clip import ClipBatch
 from envs.transitions import gaussian_kl
 from metrics.features import ClipFeatures, FeatureExtractor
 from metrics.frechet import frechet_distance
+from metrics.interpolators import Interpolator, Linear
 from metrics.motion import by_latent_frame, counted, drag_score, endpoint_error, per_clip
 from metrics.smoothness import smoothness
 from policies.actor import Actor
@@ -42,14 +43,23 @@ class Judge:
         assets: folder of the model.
         device: torch device.
         extractor: features of Frechet distances; None takes the scorer's tower.
+        interpolator: of smoothness; None takes the mean of both neighbours.
     """
 
     def __init__(
-        self, tracker: Tracker, scorer: str, assets: Path, device: str, extractor: FeatureExtractor | None = None
+        self,
+        tracker: Tracker,
+        scorer: str,
+        assets: Path,
+        device: str,
+        extractor: FeatureExtractor | None = None,
+        interpolator: Interpolator | None = None,
     ) -> None:
         self.tracker = tracker
         self.features = extractor or ClipFeatures(model=scorer, label=f"tiny-clip:{scorer}")
         self.features.prepare(assets, device)
+        self.interpolator: Interpolator = interpolator or Linear()
+        self.interpolator.prepare(assets, device)
         self.aesthetic = Aesthetic(model=scorer)
         self.aesthetic.prepare(RewardContext(device, tracker, assets))
 
@@ -127,6 +137,25 @@ def motion_errors(samples: list[Sample]) -> Tensor:
     )
 
 
+def position_totals(samples: Sequence[Sample]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Of the metrics that are means over positions: each clip's total, and how many of its positions count, `[clips]`.
+
+    The metric of a set is the quotient of the sums, so a clip weighs as much as it has asked positions in sight:
+    `motion_visible` (share that the tracker saw) and `motion_consistency` (Eq. 16 at the paper's scale, 5 at most, 0
+    where the tracker lost the point).
+    """
+    found: dict[str, list[Tensor]] = {"motion_visible": [], "motion_consistency": []}
+    counts = []
+    for s in samples:
+        asked = counted(s.clips.trajectory, reference=in_sight(s.clips))
+        seen = s.tracks.visible.double()
+        score = drag_score(s.clips.trajectory, s.tracks.xy, *PROFILES["paper"]) * seen
+        counts.append(asked.double().sum((1, 2)))
+        for name, value in (("motion_visible", seen), ("motion_consistency", score)):
+            found[name].append(value.where(asked, 0).sum((1, 2)))
+    return {name: (torch.cat(totals), torch.cat(counts)) for name, totals in found.items()}
+
+
 def error_by_frame(samples: list[Sample]) -> list[float]:
     """Motion error in px at each latent frame after the first, over all clips."""
     errors = torch.cat([endpoint_error(s.clips.trajectory, s.tracks) for s in samples])
@@ -145,16 +174,12 @@ def measure(samples: list[Sample], truth: list[Sample], judge: Judge) -> dict[st
     Returns:
         `motion_error_px` (mean over clips of the distance between asked and tracked path where the point is in sight)
         with `motion_error_px_ci` (half-width of its 95 % interval over clips), `motion_error_px_median` (of the clips),
-        `motion_visible` (share of asked positions the tracker saw), `motion_consistency` (Eq. 16 at the paper's scale,
-        5 at most, 0 where the tracker lost the point), `smoothness` (VBench's, with linear interpolation), `aesthetic`
-        (judge's scorer), `frechet` (frames) and `frechet_video`, both against the true clips.
+        `motion_visible` and `motion_consistency` (see `position_totals`), `smoothness` (VBench's, with the judge's
+        interpolator), `aesthetic` (judge's scorer), `frechet` (frames) and `frechet_video`, both to the true clips.
     """
-    visible, scores, consistent, smooth = [], [], [], []
+    scores, smooth = [], []
     for s in samples:
-        asked = counted(s.clips.trajectory, reference=in_sight(s.clips))
-        visible.append(s.tracks.visible[asked].float())
-        consistent.append((drag_score(s.clips.trajectory, s.tracks.xy, *PROFILES["paper"]) * s.tracks.visible)[asked])
-        smooth.append(smoothness(s.video))
+        smooth.append(smoothness(s.video, judge.interpolator))
         scores.append(judge.aesthetic.score(s.video, s.clips).value[:, 1:].flatten())
     error = motion_errors(samples)
     error = error[error.isfinite()]
@@ -163,8 +188,7 @@ def measure(samples: list[Sample], truth: list[Sample], judge: Judge) -> dict[st
         "motion_error_px": float(error.mean()),
         "motion_error_px_ci": float(1.96 * error.std() / math.sqrt(len(error))),
         "motion_error_px_median": float(error.median()),
-        "motion_visible": float(torch.cat(visible).mean()),
-        "motion_consistency": float(torch.cat(consistent).mean()),
+        **{name: float(total.sum() / count.sum()) for name, (total, count) in position_totals(samples).items()},
         "smoothness": float(torch.cat(smooth).mean()),
         "aesthetic": float(torch.cat(scores).mean()),
         "frechet": frechet_distance(frames[0][0], frames[1][0]),

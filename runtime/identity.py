@@ -17,6 +17,7 @@ ADDED: dict[str, Any] = {
     "engine.activation_checkpointing": False,
     "scoring.optional": [],
     "evaluation.extractor": None,
+    "evaluation.interpolator": None,
     "model.tiny_vae": None,
 }
 

@@ -181,6 +181,7 @@ class Outcome:
             "after": self.curve[-1],
             "truth": self.truth,
             "extractor": self.session.judge.features.name,
+            "interpolator": self.session.judge.interpolator.name,
             "clips": settings.evaluation.clips,
             "split": settings.evaluation.split,
             "tracker": type(settings.evaluation.tracker).__name__,

@@ -218,6 +218,8 @@ def _measured(evaluation: Mapping[str, Any]) -> str:
         parts.append(f"paths found by the tracker {evaluation['tracker']}")
     if "extractor" in evaluation:
         parts.append(f"Fréchet distance on features of {evaluation['extractor']}")
+    if "interpolator" in evaluation:
+        parts.append(f"smoothness with the interpolator {evaluation['interpolator']}")
     return "; ".join(parts)
 
 

@@ -82,7 +82,7 @@ class Session:
             lambda actor, args, state: self._report(int(args[0]["frame"][0]), settings.rollout.frames)
         )
         e = settings.evaluation
-        self.judge = Judge(e.tracker, e.scorer, settings.model.folder, self.device, e.extractor)
+        self.judge = Judge(e.tracker, e.scorer, settings.model.folder, self.device, e.extractor, e.interpolator)
         clips = fixed_clips(settings.world, e.split, e.clips)
         self.truth = [follow(batch.video, batch, self.judge) for batch in clips]
         self._clips: ClipBatch

@@ -148,6 +148,7 @@ class Evaluation:
         scorer: folder of the vision tower that judges looks, under the model's folder; not the one that rewards.
         sampler: `ode`, or `renoise`: every step puts fresh noise on the prediction, as distillation does in training.
         extractor: features of Frechet distances, such as `+extractor=inception_i3d`; none: the scorer's tower.
+        interpolator: of smoothness, such as `+interpolator=flow`; none: the mean of both neighbours.
     """
 
     every: int
@@ -157,6 +158,7 @@ class Evaluation:
     scorer: str
     sampler: Literal["ode", "renoise"] = "ode"
     extractor: Component = None
+    interpolator: Component = None
 
     def __post_init__(self) -> None:
         _at_least(self, "evaluation", 0, "every")

@@ -50,7 +50,7 @@ def read(folders: Sequence[Path]) -> dict[str, dict[str, Any]]:
 
     Raises:
         FileNotFoundError: a folder holds no evaluation.
-        ValueError: they are not of the same clips, tracker and extractor.
+        ValueError: they are not of the same clips, tracker, extractor and interpolator.
     """
     names = [folder.name for folder in folders]
     names = names if len(set(names)) == len(names) else [str(folder) for folder in folders]
@@ -59,12 +59,12 @@ def read(folders: Sequence[Path]) -> dict[str, dict[str, Any]]:
         path = folder / "evaluation.json"
         if not path.is_file():
             raise FileNotFoundError(f"no evaluation in {folder}; make one: experiments/evaluate.py run_dir={folder}")
-        found[name] = json.loads(path.read_text())
+        found[name] = {"interpolator": "linear"} | json.loads(path.read_text())  # older evaluations do not name it
         if "by_clip" not in found[name]:
             raise ValueError(f"{path} was not made by experiments/evaluate.py, or by an older version")
     first = found[names[0]]
     for name, other in found.items():
-        for key in ("names", "tracker", "extractor"):
+        for key in ("names", "tracker", "extractor", "interpolator"):
             if other[key] != first[key]:
                 raise ValueError(f"{names[0]} and {name} were measured with other {key}; they cannot be compared")
     return found
@@ -109,7 +109,8 @@ def write(folders: Sequence[Path], out: Path) -> str:
     first = next(iter(found.values()))
     about = (
         f"{first['clips']} {first['split']} clips, {first['tracker']}; Frechet distances between features of "
-        f"{first['extractor']}, comparable with each other only. ± is half of a 95 % interval over clips."
+        f"{first['extractor']}, comparable with each other only; smoothness with the interpolator "
+        f"{first['interpolator']}. ± is half of a 95 % interval over clips."
     )
     out.mkdir(parents=True, exist_ok=True)
     text = markdown(heads, rows) + f"\n{about}\n"

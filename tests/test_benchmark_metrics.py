@@ -7,10 +7,12 @@ import hashlib
 import json
 import math
 import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Barrier
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -19,14 +21,21 @@ from algorithms.pretraining.chain import Recipe
 from data.sprites import PACES, Sprites
 from experiments import evaluate, side_by_side, tables
 from metrics.frechet import frechet_distance
+from metrics.interpolators import Linear
 from metrics.intervals import Estimate, jackknife, of_mean
 from metrics.scripted import Scripted
 from metrics.smoothness import smoothness
 from runtime import cells, schema
+from runtime.benchmark import _quotient, by_clip, intervals
 from runtime.cells import Home
 from runtime.config import CONF, Plan, plain, validate
+from runtime.evaluation import Judge, Sample, measure
+from runtime.models import ROOT
 from runtime.settings import Settings
 from runtime.side_by_side import read, write
+from tests.moving import asking, line, render
+from tracking.lucas_kanade import LucasKanade
+from tracking.trackers import Tracks
 
 
 def test_the_interval_of_a_mean_is_students() -> None:
@@ -111,11 +120,69 @@ def test_a_network_that_nobody_vouches_for_is_not_run(
         Scripted(**{**networks, **change}).prepare(tmp_path, "cpu")
 
 
-def test_an_interpolator_may_be_plugged_in() -> None:
+def test_the_linear_interpolator_is_the_mean_of_both_neighbours() -> None:
     video = torch.rand(2, 3, 9, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    odd = (video[:, :, 1::2] + 1) * 127.5
-    assert smoothness(video, lambda before, after: odd).tolist() == pytest.approx([1, 1])
-    assert smoothness(video, lambda before, after: before).tolist() != smoothness(video).tolist()
+    pixels = (video + 1) * 127.5
+    between = (pixels[:, :, :-1:2] + pixels[:, :, 2::2]) / 2
+    expected = (255 - (pixels[:, :, 1::2] - between).abs().mean((1, 2, 3, 4))) / 255
+    assert torch.equal(smoothness(video, Linear()), expected)
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """An interpolator of somebody's own: the frame before."""
+
+    label: str = "earlier"
+
+    @property
+    def name(self) -> str:
+        return self.label
+
+    def prepare(self, assets: Path, device: str) -> None:
+        object.__setattr__(self, "_device", device)
+
+    def between(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+        assert self._device == "cpu"  # type: ignore[attr-defined]
+        return before
+
+
+def samples() -> list[Sample]:
+    """Three clips of 9, 4 and no asked positions in sight; the tracker follows the first, loses the second midway."""
+    path = line((4.0, 4.0), (0.5, 0.5), 9)
+    batch = asking(path, (32, 32), render(path)).repeat(3)
+    visible = batch.visible.clone()
+    visible[1, :, 5:], visible[2] = False, False
+    seen = torch.ones(3, 1, 9, dtype=torch.bool)
+    seen[1, :, 3:] = False
+    tracks = Tracks(path.expand(3, 1, 9, 2).clone(), seen, seen.float())
+    return [Sample(batch.video, replace(batch, visible=visible), tracks)]
+
+
+def test_motion_consistency_is_one_estimate_with_its_own_interval() -> None:
+    """Over positions, clips together: 8 of 8 and 2 of 4 are 10 of 12, where the mean of the clips is 0.75."""
+    judge = Judge(LucasKanade(), "aesthetic_eval", ROOT / "assets" / "tiny", "cpu")
+    made = samples()
+    found = measure(made, made, judge)
+    values = by_clip(made, judge)
+    known = intervals(values, made, made, judge)
+    assert values["motion_visible"][:2] == pytest.approx([1, 0.5]) and math.isnan(values["motion_visible"][2])
+    for name, scale in (("motion_visible", 1), ("motion_consistency", 5)):
+        assert found[name] == known[name]["value"] == pytest.approx(scale * 10 / 12)
+        assert known[name]["clips"] == 2 and known[name]["over"] == "positions"
+    assert known["motion_error_px"]["over"] == "clips"
+
+
+def test_the_interval_of_a_quotient_covers_it() -> None:
+    """Clips whose number of positions goes with their score: 40 sets of 60 from a world with a known quotient."""
+    rng, inside = np.random.default_rng(0), 0
+    for _ in range(40):
+        count = rng.integers(1, 33, 60)
+        mean = np.clip(0.5 + count / 64 + 0.2 * rng.standard_normal(60), 0, None)
+        total, number = torch.from_numpy(mean * count), torch.from_numpy(count).double()
+        found = jackknife(60, _quotient(total, number))
+        truth = 0.5 + (33 * 65 / 6) / (33 / 2) / 64  # E[n^2] / E[n] of 1 .. 32
+        inside += abs(found.value - truth) <= found.half
+    assert inside >= 34
 
 
 def test_the_benchmark_has_drags_of_every_length_and_clips_of_its_own() -> None:
@@ -146,20 +213,40 @@ def evaluations(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[P
 def test_an_evaluation_tells_every_clip_intervals_and_speed(evaluations: list[Path]) -> None:
     for folder in evaluations:
         found = json.loads((folder / "evaluation.json").read_text())
-        assert {"policy", "truth", "error_by_frame", "extractor", "clips", "tracker", "found_by", "config"} <= set(
-            found
-        )
-        assert len(set(found["names"])) == 5 and found["split"] == "benchmark"
+        assert {
+            "policy",
+            "truth",
+            "error_by_frame",
+            "extractor",
+            "interpolator",
+            "clips",
+            "tracker",
+            "found_by",
+            "config",
+        } <= set(found)
+        assert len(set(found["names"])) == 5 and found["split"] == "benchmark" and found["interpolator"] == "linear"
         for name, column in found["by_clip"].items():
             assert len(column) == 5, name
         for name, known in found["intervals"].items():
-            if name in found["policy"] and name not in (
-                "motion_visible",
-                "motion_consistency",
-            ):  # pooled over positions
+            if name in found["policy"]:
                 assert known["value"] == pytest.approx(found["policy"][name], rel=1e-4, abs=1e-6), name
         speed = found["speed"]
         assert 0 < speed["latency_s"] < speed["seconds"] and speed["frames_per_s"] > 0
+
+
+def test_an_interpolator_of_ones_own_is_named_in_the_evaluation(
+    evaluations: list[Path], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One Python file and one YAML file, by `_target_`."""
+    own = "evaluation.interpolator={_target_: tests.test_benchmark_metrics.Earlier, label: mine}"
+    evaluate.run(plan(model, tmp_path, f"+{own}"))
+    usual, found = (json.loads((f / "evaluation.json").read_text()) for f in (evaluations[0], tmp_path))
+    assert found["interpolator"] == "mine"
+    for part in ("policy", "truth"):
+        changed = {key for key in found[part] if found[part][key] != usual[part][key]}
+        assert changed == {"smoothness"}, "and nothing else"
+    with pytest.raises(ValueError, match="other interpolator"):
+        read([evaluations[0], tmp_path])
 
 
 def test_side_by_side(evaluations: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -73,6 +73,14 @@ def test_another_command_or_other_weights_are_refused(
         cells.run(Cell("arm", 3, "evaluate.py", changed), tmp_path, 1, weights)
 
 
+def test_a_run_that_was_stopped_is_no_result(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="stopped before its end"):
+        cells.evaluated(tmp_path)
+    (tmp_path / "evaluation.json").write_text(json.dumps({"curve": [{"update": 0}], "complete": False}))
+    with pytest.raises(RuntimeError, match="stopped before its end"):
+        cells.evaluated(tmp_path)
+
+
 @pytest.fixture
 def conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A copy of `conf/` that command lines are composed from."""

@@ -1,6 +1,7 @@
 """What a policy could do instead of moving the object: for every tracker, and with looks counted too, it pays less.
 
-An honest mover is half a pixel off, as a good policy is.
+An honest mover is half a pixel off, as a good policy is. `python -m tests.test_cheats` prints the table of
+docs/rewards.md.
 """
 
 from __future__ import annotations
@@ -109,6 +110,16 @@ def score(name: str, tracker: str, seed: int, profile: str, support: int, with_l
     return float(Composite(terms).score(video, asking(PATH))["reward"][:, 1:].mean())
 
 
+def table() -> str:
+    """Markdown: what motion alone pays, seed 0, for both profiles and every tracker."""
+    lines = [["", "", *CLIPS], ["---"] * (2 + len(CLIPS))]
+    for profile in ("paper", "train"):
+        for tracker in TRACKERS:
+            values = [f"{score(name, tracker, 0, profile, 0, False):.2f}" for name in CLIPS]
+            lines.append([f"`{profile}`", f"`{tracker}`", *values])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 @pytest.mark.parametrize("with_looks", [False, True], ids=["motion", "motion+aesthetic"])
 @pytest.mark.parametrize("profile", ["paper", "train"])
 @pytest.mark.parametrize(("tracker", "support"), [("ncc", 0), ("ncc", 4), ("lucas_kanade", 0), ("truth", 0)])
@@ -118,3 +129,7 @@ def test_an_honest_mover_beats_every_cheat(tracker: str, support: int, profile: 
         honest = found.pop("honest")
         assert honest > 4
         assert all(value < honest - 0.5 for value in found.values()), (seed, honest, found)
+
+
+if __name__ == "__main__":
+    print(table())

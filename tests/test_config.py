@@ -35,7 +35,8 @@ from runtime.settings import Settings
 
 PRIMARIES = sorted(p.stem for p in CONF.glob("*.yaml") if p.stem != "config")
 CHOICES = [(g, p.stem) for g in explain.groups() for p in sorted((CONF / g).glob("*.yaml"))]
-ADDED = ("recipe", "debug", "stage", "strategy", "extractor")  # groups without a default in train.yaml: +recipe=paper
+# groups without a default in train.yaml: +recipe=paper
+ADDED = ("recipe", "debug", "stage", "strategy", "extractor", "interpolator")
 REFUSED_ALONE = {
     ("schedule", "none"): "nothing to learn",
     ("transition", "ode"): "no stochastic steps",

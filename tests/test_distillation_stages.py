@@ -74,7 +74,7 @@ class TestTeacher:
             return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
         x0 = draw(1, 3, *LATENT, seed=0).repeat(8, 1, 1, 1, 1)
-        return LatentPool(x0, draw(8, 3, *LATENT, seed=1), draw(8, 5, 6, seed=2))
+        return LatentPool(x0, draw(8, 3, *LATENT, seed=1), draw(8, 5, 6, seed=2), 8)
 
     def test_the_teacher_is_asked_with_its_guidance(self) -> None:
         model, who = network(), student(network())
@@ -194,14 +194,6 @@ class TestDistributionMatching:
         found = game._critic_loss(who, made, noise, 0)[1]["flow_matching"]
         assert found == pytest.approx(float((v - (noise.eps - made.x0)).square().mean()), rel=1e-4)
 
-    def test_what_the_window_leaves_out_is_not_moved(self) -> None:
-        game = self.matching()
-        game.strategy = strategies.Windowed(frames=2)
-        who = game.begin(0)
-        made = game.strategy(who)
-        (gradient,) = torch.autograd.grad(game._generator_loss(who, made, Noise.draw(made.x0, (0,), 5.0))[0], made.x0)
-        assert torch.equal(gradient.abs().amax((2, 3, 4)) > 0, made.mask)
-
     def test_critics_take_several_steps_for_one_of_the_generator(self) -> None:
         game = self.matching(generator_every=3)
         calls: list[tuple[str, int]] = []
@@ -246,8 +238,7 @@ class TestDistributionMatching:
         game = self.matching(discriminator=1.0, critic_lr=1e-2, shift=0.2)
 
         def shifted(who: Student) -> Generated:
-            ones = torch.ones(who.truth.shape[:2])
-            return Generated(who.truth + 1.5, who.truth, ones.long(), ones.bool())
+            return Generated(who.truth + 1.5, who.truth, fixed(who, 1), slice(0, who.truth.shape[1]))
 
         game.strategy = shifted
         rows = [game.critic_step(draw) for draw in range(60)]

@@ -9,9 +9,10 @@ import torch
 
 from metrics.features import ClipFeatures
 from metrics.frechet import frechet_distance, gaussian_frechet
+from metrics.interpolators import Flow, Linear
 from metrics.motion import by_latent_frame, counted, drag_score, motion_metrics, per_clip
 from metrics.smoothness import smoothness
-from tests.moving import asking, line
+from tests.moving import asking, line, render
 from tests.test_rewards import tiny_clip
 from tracking.trackers import Tracks
 from tracking.trajectory import Trajectory
@@ -98,15 +99,37 @@ def test_motion_metrics() -> None:
 
 def test_smoothness() -> None:
     still = torch.rand(2, 3, 1, 4, 4).expand(2, 3, 9, 4, 4) * 2 - 1
-    assert (smoothness(still) == 1).all()
+    assert (smoothness(still, Linear()) == 1).all()
     ramp = torch.linspace(-1, 1, 9)[None, None, :, None, None].expand(1, 3, 9, 4, 4)
-    assert float(smoothness(ramp)) == pytest.approx(1.0, abs=1e-6)
+    assert float(smoothness(ramp, Linear())) == pytest.approx(1.0, abs=1e-6)
     flicker = torch.ones(1, 3, 9, 4, 4)
     flicker[:, :, 1::2] = -1
-    assert float(smoothness(flicker)) == pytest.approx(0.0, abs=1e-6)
-    assert float(smoothness(flicker[:, :, :8])) == pytest.approx(0.0, abs=1e-6)
+    assert float(smoothness(flicker, Linear())) == pytest.approx(0.0, abs=1e-6)
+    assert float(smoothness(flicker[:, :, :8], Linear())) == pytest.approx(0.0, abs=1e-6)
     with pytest.raises(ValueError, match="3 frames"):
-        smoothness(still[:, :, :2])
+        smoothness(still[:, :, :2], Linear())
+
+
+@pytest.mark.parametrize("size", [(32, 32), (24, 40)])
+def test_flow_follows_what_moves_where_the_mean_sees_it_twice(size: tuple[int, int]) -> None:
+    """The frame in the middle of a move of two pixels a frame."""
+    path = line((8.0, 9.0), (2.0, 0.5), 5)
+    video = render(path, size)[None]
+    assert float(smoothness(video, Flow())) > float(smoothness(video, Linear()))
+    pixels = (video + 1) * 127.5
+    before, true, after = (pixels[:, :, t : t + 1] for t in (1, 2, 3))
+    errors = {type(i).__name__: float((i.between(before, after) - true).abs().mean()) for i in (Linear(), Flow())}
+    assert errors["Flow"] < 0.5 * errors["Linear"], errors
+
+
+def test_flow_leaves_still_clips_and_their_order_alone() -> None:
+    still = render(line((8.0, 9.0), (0.0, 0.0), 1))[None].expand(2, -1, 9, -1, -1)
+    assert smoothness(still, Flow()).tolist() == pytest.approx([1, 1], abs=1e-6)
+    videos = torch.stack([render(line((8.0, 9.0), (speed, 0.5), 9), seed=i) for i, speed in enumerate((0.5, 1.5))])
+    alone = torch.cat([smoothness(video[None], Flow()) for video in videos])
+    torch.testing.assert_close(smoothness(videos, Flow()), alone)
+    with pytest.raises(ValueError, match="short_edge must be at least 16"):
+        Flow(short_edge=8)
 
 
 def test_clip_features(tmp_path: Path) -> None:

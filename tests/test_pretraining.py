@@ -132,7 +132,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def latent_pool() -> LatentPool:
-    return LatentPool(random(8, 3, 2, 4, 4), random(8, 3, 2, 4, 4, seed=1), random(8, 5, 6, seed=2))
+    return LatentPool(random(8, 3, 2, 4, 4), random(8, 3, 2, 4, 4, seed=1), random(8, 5, 6, seed=2), 8)
 
 
 def test_noised_by_hand() -> None:

@@ -20,7 +20,7 @@ from algorithms.distillation.losses import (
     gradient_penalty,
 )
 from algorithms.distillation.noise import Noise
-from algorithms.distillation.rollouts import Generated, Student
+from algorithms.distillation.rollouts import Generated, Judged, Student, judged
 from algorithms.distillation.scores import Discriminator, predict_x0
 from algorithms.distillation.settings import DMD
 from algorithms.distillation.warmup import Teacher
@@ -98,45 +98,40 @@ class DistributionMatching:
         return metrics
 
     def _generator_loss(self, student: Student, made: Generated, noise: Noise) -> tuple[Tensor, Metrics]:
-        s, (condition, text) = self.settings, (student.state["condition"], student.state["text"])
+        s, text, noise = self.settings, student.state["text"], noise.cut(made.window)
+        x0, condition, *_ = judged(student, made)
+        x = noise.on(x0)
         with torch.no_grad():
-            x = noise.on(made.x0)
             real = self.players.teacher.x0(x, noise.sigma, condition, text)
             fake = predict_x0(self.players.fake, x, noise.sigma, condition, text)
-        loss, metrics = dmd_loss(made.x0, real, fake, made.mask)
+        loss, metrics = dmd_loss(x0, real, fake)
         if s.adversarial > 0:
-            # The judge sees whole clips, but only frames that count may be moved.
-            counted = torch.where(made.mask[..., None, None, None], made.x0, made.x0.detach())
-            logits = self.players.judge(noise.on(counted), noise.sigma, condition, text)
-            against, more = generator_loss(logits[made.mask])
+            against, more = generator_loss(self.players.judge(x, noise.sigma, condition, text))
             loss, metrics = loss + s.adversarial * against, {**metrics, **more}
         return loss, {k: float(v) for k, v in metrics.items()}
 
     def _critic_loss(self, student: Student, made: Generated, noise: Noise, draw: int) -> tuple[Tensor, Metrics]:
-        s, (condition, text) = self.settings, (student.state["condition"], student.state["text"])
-        v = velocity(self.players.fake, noise.on(made.x0), noise.sigma, condition, text)
-        loss, metrics = flow_matching_loss(v, made.x0, noise.eps, made.mask)
+        s, noise, clips = self.settings, noise.cut(made.window), judged(student, made)
+        text = student.state["text"]
+        v = velocity(self.players.fake, noise.on(clips.x0), noise.sigma, clips.condition, text)
+        loss, metrics = flow_matching_loss(v, clips.x0, noise.eps)
         if s.adversarial > 0:
-            against, more = self._discrimination(student, made, noise, draw)
+            against, more = self._discrimination(clips, text, noise, draw)
             loss, metrics = loss + s.discriminator * against, {**metrics, **more}
         return loss, {k: float(v) for k, v in metrics.items()}
 
-    def _discrimination(
-        self, student: Student, made: Generated, noise: Noise, draw: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def _discrimination(self, clips: Judged, text: Tensor, noise: Noise, draw: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The discriminator's loss; true and generated clips are under the same noise."""
-        s, (condition, text) = self.settings, (student.state["condition"], student.state["text"])
-
-        def logits(x: Tensor) -> Tensor:
-            return self.players.judge(x, noise.sigma, condition, text)[made.mask]
-
-        true, false = noise.on(student.truth), noise.on(made.x0)
-        on_true, on_false = logits(true), logits(false)
-        loss, metrics = discriminator_loss(on_true, on_false)
-        for weight, x, before in ((s.r1, true, on_true), (s.r2, false, on_false)):
+        s, judge = self.settings, self.players.judge
+        sides = ((s.r1, clips.truth, clips.true_condition), (s.r2, clips.x0, clips.condition))
+        noisy = [noise.on(x) for _, x, _ in sides]
+        logits = [judge(x, noise.sigma, given, text) for x, (*_, given) in zip(noisy, sides, strict=True)]
+        loss, metrics = discriminator_loss(*logits)
+        for (weight, _, given), x, before in zip(sides, noisy, logits, strict=True):
             if weight > 0:
                 disturbance = s.penalty_std * Noise.draw(x, (self.seed, 13, draw), s.shift).eps
-                penalty, more = gradient_penalty(before, logits(x + disturbance), s.penalty_std)
+                after = judge(x + disturbance, noise.sigma, given, text)
+                penalty, more = gradient_penalty(before, after, s.penalty_std)
                 loss, metrics = loss + weight * penalty, {**metrics, **more}
         return loss, metrics
 

@@ -1,7 +1,7 @@
 """Losses of step 1 (AR-Drag section 3.2) as pure functions.
 
 Shapes: B samples, M latent frames, `[B, M, C, h, w]` latents. Each returns the scalar loss and what to log. Means are
-over everything but what `mask [B, M]` leaves out; None keeps every frame.
+over everything.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from torch import Tensor
 Loss = tuple[Tensor, dict[str, Tensor]]
 
 
-def flow_matching_loss(velocity: Tensor, x0: Tensor, eps: Tensor, mask: Tensor | None = None) -> Loss:
+def flow_matching_loss(velocity: Tensor, x0: Tensor, eps: Tensor) -> Loss:
     """Mean squared error of the velocity against `eps - x0` (AR-Drag Eq. 7)."""
-    loss = _mean((velocity - (eps - x0)).square(), mask)
+    loss = (velocity - (eps - x0)).square().mean()
     return loss, {"flow_matching": loss.detach()}
 
 
-def ode_regression_loss(x0: Tensor, target: Tensor, mask: Tensor | None = None) -> Loss:
+def ode_regression_loss(x0: Tensor, target: Tensor) -> Loss:
     """Mean squared error of a prediction against the end of the teacher's ODE from the same noise (CausVid, 4.3)."""
-    loss = _mean((x0 - target.detach()).square(), mask)
+    loss = (x0 - target.detach()).square().mean()
     return loss, {"ode_regression": loss.detach()}
 
 
-def consistency_loss(x0: Tensor, target: Tensor, huber: float = 0.0, mask: Tensor | None = None) -> Loss:
+def consistency_loss(x0: Tensor, target: Tensor, huber: float = 0.0) -> Loss:
     """Distance between predictions from two points of one ODE path (consistency distillation).
 
     Args:
@@ -33,16 +33,15 @@ def consistency_loss(x0: Tensor, target: Tensor, huber: float = 0.0, mask: Tenso
         target: prediction from the cleaner point, by averaged weights; carries no gradient.
         huber: 0 is the mean squared error; c > 0 is `sqrt(mean d^2 + c^2) - c` of a frame's difference d (pseudo-Huber,
             arXiv 2310.14189 Eq. 7, per latent value).
-        mask: frames that count.
     """
     squared = (x0 - target.detach()).square()
     if huber > 0:
         squared = (squared.flatten(2).mean(-1) + huber**2).sqrt() - huber
-    loss = _mean(squared, mask)
+    loss = squared.mean()
     return loss, {"consistency": loss.detach()}
 
 
-def dmd_loss(x0: Tensor, real: Tensor, fake: Tensor, mask: Tensor | None = None, floor: float = 1e-6) -> Loss:
+def dmd_loss(x0: Tensor, real: Tensor, fake: Tensor, floor: float = 1e-6) -> Loss:
     """Distribution matching (DMD, arXiv 2311.18828 Eq. 7; AR-Drag Alg. 1).
 
     `1/2 MSE(x0, stopgrad(x0 - g))` with `g = (fake - real) / (mean |x0 - real| + floor)`, whose gradient in x0 is
@@ -52,16 +51,13 @@ def dmd_loss(x0: Tensor, real: Tensor, fake: Tensor, mask: Tensor | None = None,
         x0: what the student generated.
         real: x0 that the teacher predicts from a noised copy of it.
         fake: x0 that the model of the student's own clips predicts from the same copy.
-        mask: frames that count, also in the normaliser.
         floor: keeps the normaliser from 0.
     """
     with torch.no_grad():
-        distance = (x0 - real).abs().flatten(2).mean(-1)
-        kept = torch.ones_like(distance) if mask is None else mask.to(distance)
-        scale = (distance * kept).sum(1) / kept.sum(1).clamp(min=1) + floor
+        scale = (x0 - real).abs().flatten(1).mean(-1) + floor
         gradient = (fake - real) / scale[:, None, None, None, None]
-    loss = 0.5 * _mean((x0 - (x0 - gradient).detach()).square(), mask)
-    return loss, {"dmd": loss.detach(), "dmd_gradient": _mean(gradient.abs(), mask), "dmd_distance": scale.mean()}
+    loss = 0.5 * (x0 - (x0 - gradient).detach()).square().mean()
+    return loss, {"dmd": loss.detach(), "dmd_gradient": gradient.abs().mean(), "dmd_distance": scale.mean()}
 
 
 def generator_loss(fake_logits: Tensor) -> Loss:
@@ -85,11 +81,3 @@ def gradient_penalty(logits: Tensor, perturbed: Tensor, std: float) -> Loss:
     """
     loss = ((perturbed - logits) / std).square().mean()
     return loss, {"gradient_penalty": loss.detach()}
-
-
-def _mean(value: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean of `[B, M, ...]` over the frames that `mask [B, M]` keeps."""
-    if mask is None:
-        return value.mean()
-    kept = mask.to(value).reshape(*mask.shape, *[1] * (value.ndim - 2)).expand_as(value)
-    return (value * kept).sum() / kept.sum().clamp(min=1)

@@ -47,3 +47,7 @@ class Noise:
     def on(self, x0: Tensor) -> Tensor:
         """Noise a clip."""
         return noised(x0, self.eps, self.sigma)
+
+    def cut(self, frames: slice) -> Noise:
+        """The noise of some frames."""
+        return Noise(self.sigma[:, frames], self.eps[:, frames])

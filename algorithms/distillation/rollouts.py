@@ -16,6 +16,7 @@ from torch import Tensor
 
 from algorithms.distillation.noise import noised
 from data.draws import Stream, generator
+from envs.control import restarted
 from envs.transitions import Transition
 from policies.causal_dit import CausalWanTransformer3DModel
 from policies.causality import Causality
@@ -65,13 +66,29 @@ class Generated(NamedTuple):
         x0: its predictions at the exit steps, with gradient, `[B, M, C, h, w]`.
         frames: what later frames saw, `[B, M, C, h, w]`.
         exits: the exit steps, `[B, M]`.
-        mask: frames whose prediction the loss counts, `[B, M]` bool.
+        window: the frames that are judged, as a clip of their own; only their predictions learn.
     """
 
     x0: Tensor
     frames: Tensor
     exits: Tensor
-    mask: Tensor
+    window: slice
+
+
+class Judged(NamedTuple):
+    """A window of W frames as teacher, fake score and discriminator see it: a clip that begins there.
+
+    Attributes:
+        x0: the student's predictions, with gradient, `[B, W, C, h, w]`.
+        condition: of the generated clip, `[B, W, Cc, h, w]`.
+        truth: the true frames, `[B, W, C, h, w]`.
+        true_condition: of the true clip, `[B, W, Cc, h, w]`.
+    """
+
+    x0: Tensor
+    condition: Tensor
+    truth: Tensor
+    true_condition: Tensor
 
 
 def exit_steps(student: Student, scope: str, clean: bool = False) -> Tensor:
@@ -104,7 +121,7 @@ def at_exits(student: Student, exits: Tensor, collapse: bool) -> Generated:
     frames, x, x0 = chain.latents[:, :, -1], _pick(chain.latents, at), _pick(chain.x0, at)
     if torch.is_grad_enabled():  # otherwise the rollout has predicted it already
         x0 = student.predict(frames, x, student.levels(exits))
-    return Generated(x0, frames, exits, torch.ones_like(exits, dtype=torch.bool))
+    return Generated(x0, frames, exits, _whole(exits))
 
 
 def on_truth(student: Student, exits: Tensor) -> Generated:
@@ -115,7 +132,7 @@ def on_truth(student: Student, exits: Tensor) -> Generated:
             moved = _step(student, x, n)
         x = torch.where((exits > n)[..., None, None, None], moved, x)
     x0 = student.predict(student.truth, x, student.levels(exits))
-    return Generated(x0, student.truth, exits, torch.ones_like(exits, dtype=torch.bool))
+    return Generated(x0, student.truth, exits, _whole(exits))
 
 
 def on_noised_truth(student: Student, steps: Tensor) -> Generated:
@@ -128,21 +145,41 @@ def on_noised_truth(student: Student, steps: Tensor) -> Generated:
     noise, levels = student.state["latents"], (student.levels(steps), student.levels(exits))
     seen, x = (noised(student.truth, noise, sigma) for sigma in levels)
     x0 = student.predict(seen, x, levels[1], history_sigma=levels[0])
-    return Generated(x0, seen, exits, torch.ones_like(exits, dtype=torch.bool))
+    return Generated(x0, seen, exits, _whole(exits))
 
 
-def window(student: Student, frames: int) -> Tensor:
-    """A random window of `frames` frames, in whole chunks: `[B, M]` bool, the same for all samples.
+def window(student: Student, frames: int) -> slice:
+    """A random window of `frames` frames, in whole chunks, the same for all samples.
 
     The last chunk of a clip may be cut short; every chunk is in some window.
     """
-    shape, rule = student.state["stochastic"].shape[:2], student.causality
-    chunk, chunks, wide = rule.chunk, rule.chunks(shape[1]), rule.chunks(frames)
+    whole, rule = student.truth.shape[1], student.causality
+    chunk, chunks, wide = rule.chunk, rule.chunks(whole), rule.chunks(frames)
     rng = generator(Stream.TRAINING, *student.state["key"][0].tolist(), 10)
     first = int(rng.integers(max(1, chunks - wide + 1))) * chunk
-    mask = torch.zeros(shape, dtype=torch.bool, device=student.truth.device)
-    mask[:, first : first + wide * chunk] = True
-    return mask
+    return slice(first, min(first + wide * chunk, whole))
+
+
+def judged(student: Student, made: Generated) -> Judged:
+    """Cut the window out, with what its clip is conditioned on.
+
+    The judges are bidirectional image-to-video models: they know clips that begin with their reference image, under
+    mask 1. A window that begins later therefore has its own first frame as its reference, not the image that the whole
+    clip began with, of which it is no continuation: the generated clip the frame that the student's later ones saw, the
+    true clip the true one, or a mismatch would tell them apart. That latent stands for four pixel frames where the
+    judges know one of a single image; decoding and encoding the image anew would be exact, and costs the VAE at every
+    step. Control is cut as it is.
+    """
+    cut = made.window
+    condition, x0, truth = student.state["condition"][:, cut], made.x0[:, cut], student.truth[:, cut]
+    if cut.start == 0:
+        return Judged(x0, condition, truth, condition)
+    seen = made.frames[:, cut.start].detach()
+    return Judged(x0, restarted(condition, seen), truth, restarted(condition, truth[:, 0]))
+
+
+def _whole(exits: Tensor) -> slice:
+    return slice(0, exits.shape[1])
 
 
 def _pick(chain: Tensor, steps: Tensor) -> Tensor:

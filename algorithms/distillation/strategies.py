@@ -88,7 +88,9 @@ class DiffusionForcing:
 
 @dataclass(frozen=True)
 class Windowed(Exiting):
-    """Self-Rollout with the loss on a random window of it: the late frames of clips longer than the window are trained.
+    """Self-Rollout of which a random window is judged, as a clip of its own: the student learns the late frames of
+    clips that are longer than those the teacher knows. The warm-up stages `ode` and `consistency` ask the teacher about
+    whole clips all the same.
 
     Attributes:
         frames: latent frames of the window, rounded up to whole chunks.
@@ -106,4 +108,4 @@ class Windowed(Exiting):
         from algorithms.distillation.rollouts import at_exits, exit_steps, window
 
         made = at_exits(student, exit_steps(student, self.exit), collapse=False)
-        return made._replace(mask=window(student, self.frames))
+        return made._replace(window=window(student, self.frames))
