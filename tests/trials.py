@@ -307,7 +307,7 @@ def soak(
     rng, faults, flags = random.Random(seed), Counter[str](), {k: folder / f"{k}.flag" for k in ("outage", "disk")}
     outage = ["reward.aesthetic._target_=tests.faulty.OutAtTimes", f"+reward.aesthetic.outage={flags['outage']}"]
     options = [*RUN, *outage, "scoring.on_failure=stop", "updates=1000000", "evaluation.every=0", "saving.every=3"]
-    (quiet,) = begin(1, _hashed, model, folder / "quiet", None, 0.0, *options)
+    (quiet,) = begin(1, _hashed, model, folder / "quiet", None, 0.2, *options)
     ends = time.monotonic() + seconds
     process: Any = None
     expected: int | None = 0
