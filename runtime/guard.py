@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rewards.base import RewardFailed
 from runtime import checkpoint
 from runtime.alarms import SKIPPED
 
@@ -60,6 +61,19 @@ class Watchdog:
     def good(self) -> None:
         """An update was as it should be."""
         self.in_a_row = 0
+
+    def unscored(self, update: int) -> None:
+        """No group of an update could be scored.
+
+        Raises:
+            RewardFailed: too many such updates in a row.
+        """
+        self.in_a_row += 1
+        if self.in_a_row >= self.settings.patience:
+            raise RewardFailed(
+                f"no group could be scored in {self.in_a_row} updates in a row, the last update {update} "
+                f"(guard.patience); mend the reward that the warnings name, then go on with resume=true"
+            )
 
     def bad(self, session: Session, found: NonFinite, rollout: TensorDictBase | None) -> dict[str, float]:
         """Keep a bundle and leave the update out; returns what to log.

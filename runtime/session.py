@@ -175,6 +175,7 @@ class Session:
 
         Raises:
             NonFinite: a loss or a gradient is not finite; the weights are those before its mini-batch.
+            RewardFailed: rewards failed for all groups, in too many updates in a row.
             RuntimeError: re-scored log-probs differ from those of acting by more than rounding on the first mini-batch.
         """
         self.stop.poll()
@@ -190,7 +191,10 @@ class Session:
                 row = self.learner.learn(rollout, whole, indices, first=not rows)
                 rows += [] if row is None else [row]
         self._end_update()
-        self.watchdog.good()
+        if bool(whole["valid"].any()):
+            self.watchdog.good()
+        else:
+            self.watchdog.unscored(self.iteration)
         if not rows:
             return {}
         means = {k: sum(row[k] for row in rows) / len(rows) for k in rows[0]}

@@ -199,7 +199,7 @@ class Guard:
 
     Attributes:
         non_finite: `skip` leaves the update out, in all processes, and says so; `stop` ends the run.
-        patience: updates left out in a row after which the run ends all the same.
+        patience: updates in a row that were left out, or had no scored group, after which the run ends all the same.
         bundles: first bad updates of which everything is kept that `experiments/replay.py` needs; 0: none.
     """
 

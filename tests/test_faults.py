@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from rewards.base import RewardFailed
 from runtime import checkpoint
 from runtime.checkpoint import Snapshot
 from runtime.lock import FolderLock
@@ -241,6 +242,17 @@ def test_a_stop_in_the_last_evaluation_is_not_an_end(model: Path, tmp_path: Path
         outcome.evaluate()
     assert not outcome.complete and "go on with" in outcome.finish()
     assert not json.loads(outcome.path.read_text())["complete"]
+
+
+def test_a_reward_that_never_answers_ends_the_run(model: Path, tmp_path: Path) -> None:
+    options = ["reward.aesthetic._target_=tests.faulty.OutAtTimes", f"+reward.aesthetic.outage={tmp_path}"]
+    session = sessions(model, tmp_path / "run", *options, "guard.patience=2")
+    before = [p.clone() for p in session.parameters]
+    with pytest.warns(UserWarning, match="does not answer"):
+        assert learned(session)["groups_dropped"] == 2
+        with pytest.raises(RewardFailed, match=r"in 2 updates in a row, the last update 2 \(guard\.patience\)"):
+            learned(session)
+    assert all(torch.equal(a, b) for a, b in zip(before, session.parameters, strict=True))
 
 
 def test_a_file_system_without_locks_is_said_and_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
