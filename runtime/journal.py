@@ -57,7 +57,10 @@ class Journal:
 
     def record(self, step: int, metrics: dict[str, float]) -> None:
         """Log what training reports of a step (from 1), and show it."""
+        opening = self._log is None
         self.log(step - 1).log(step, metrics)
+        if opening:  # the pace is that of the steps after it: what was before them is no training
+            self.progress.resume(step)
         seconds = {k.removeprefix("seconds/"): v for k, v in metrics.items() if k.startswith("seconds/")}
         told = {key: value for key, value in metrics.items() if not key.startswith("seconds/")}
         # A step of some losses alone stands beside the last of the others of its stage.
@@ -79,7 +82,6 @@ class Journal:
             s = self.session
             self._log = s.settings.logger.open(s.run_dir, s.config, done)
             self._exits.callback(self._log.close)
-            self.progress.resume(done)
             if done == 0 and self.before:
                 self._log.log(0, _named(self.before))
         return self._log

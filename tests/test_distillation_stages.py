@@ -237,15 +237,16 @@ class TestDistributionMatching:
     def test_a_run_that_was_interrupted_ends_as_one_that_was_not(self, tmp_path: Path) -> None:
         rows: dict[str, list[tuple[int, dict[str, float]]]] = {"whole": [], "first": [], "second": []}
 
-        def train(name: str, updates: int, *state: Any) -> CausalWanTransformer3DModel:
-            return self.matching().train(
-                updates, silent, *state, record=lambda step, metrics: rows[name].append((step, timeless(metrics)))
-            )
+        def train(name: str, updates: int, state: Path | None = None) -> CausalWanTransformer3DModel:
+            def record(step: int, metrics: dict[str, float]) -> None:
+                rows[name].append((step, timeless(metrics)))
+
+            return self.matching().train(updates, silent, state, every=3, record=record)
 
         whole = train("whole", 4)
-        train("first", 2, tmp_path / "state.pt", 3)
+        train("first", 2, tmp_path / "state.pt")
         assert (tmp_path / "state.pt").is_file()
-        second = train("second", 4, tmp_path / "state.pt", 3)
+        second = train("second", 4, tmp_path / "state.pt")
         assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), second.parameters(), strict=True))
         assert rows["whole"] == rows["first"][:3] + rows["second"], "every step has its row"
         assert [step for step, _ in rows["whole"]] == list(range(1, 9))

@@ -75,6 +75,7 @@ def test_the_log_opens_where_training_goes_on(tmp_path: Path) -> None:
             journal.before = {"frechet": 2.0}
             for step in range(first + 1, last + 1):
                 journal.record(step, {"loss": float(last)})
+                assert (journal.progress.left() == "?") == (step == first + 1), "one step has no pace"
     for _ in range(2):  # killed between the evaluation and what is written of it
         with Journal(session, 6) as journal:
             journal.measured({"frechet": 1.0})

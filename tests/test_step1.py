@@ -59,11 +59,11 @@ def test_the_initial_model_then_the_teacher(model: Path, tmp_path: Path) -> None
     finetune.run(plan("finetune", model, tmp_path / "teacher", *FINETUNE, first))
     assert weights(tmp_path / "teacher")["patch_embedding.weight"][:, -4:].any()
     found = result(tmp_path / "teacher")
-    first, *rows, last = runlog.read(tmp_path / "teacher")
-    assert [row["step"] for row in (first, *rows, last)] == [0, 1, 2, 3, 3]
+    begun, *rows, last = runlog.read(tmp_path / "teacher")
+    assert [row["step"] for row in (begun, *rows, last)] == [0, 1, 2, 3, 3]
     assert all({"loss", "grad_norm", "lr", "seconds/loss", "seconds/update"} < set(row) for row in rows)
-    for row, name in ((first, "before"), (last, "after")):
-        assert row["eval/motion_error_px"] == found[name]["motion_error_px"]
+    for row, end in ((begun, "before"), (last, "after")):
+        assert row["eval/motion_error_px"] == found[end]["motion_error_px"]
     for name in ("config.yaml", "environment.json", "curves.png", "report.html"):
         assert (tmp_path / "teacher" / name).stat().st_size > 0
     assert found["before"] == result(tmp_path / "initial")["after"] != found["after"]
