@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from algorithms.pretraining.loop import Fit
+    from algorithms.pretraining.loop import Fit, Record
     from policies.causal_dit import CausalWanTransformer3DModel
     from policies.causality import Causality
 
@@ -94,10 +94,10 @@ def learn_preferences(
     seed: int = 0,
     report: Callable[[str], None] = print,
     state: Path | None = None,
-    record: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
+    record: Record | None = None,
     stop: Callable[[], bool] | None = None,
-) -> CausalWanTransformer3DModel:
-    """Train whatever of `network` requires gradient, in place; return it.
+) -> float:
+    """Train whatever of `network` requires gradient, in place; return the seconds that it took.
 
     Args:
         batch: pairs per step.
@@ -109,14 +109,14 @@ def learn_preferences(
         sigmas: the policy's noise levels.
         seed: of pairs and noise.
         report: takes a line of progress.
-        state, record, stop: see `optimise`; no stop: never.
+        state, record, stop: see `optimise`; no record: nobody's, no stop: never.
     """
     import copy
 
     import torch
 
     from algorithms.losses import preference_loss
-    from algorithms.pretraining.loop import never, optimise
+    from algorithms.pretraining.loop import never, optimise, unrecorded
     from data.draws import Stream, generator
 
     initial = copy.deepcopy(network).requires_grad_(False)
@@ -139,6 +139,5 @@ def learn_preferences(
         return loss, {name: float(value) for name, value in metrics.items()}
 
     trained = [p for p in network.parameters() if p.requires_grad]
-    how: dict[str, Any] = {"state": state, "record": record, "stop": stop or never}
-    optimise(trained, fit, loss_of, "preferences", report, **how)
-    return network
+    how: dict[str, Any] = {"state": state, "record": record or unrecorded, "stop": stop or never}
+    return optimise(trained, fit, loss_of, "preferences", report, **how)

@@ -13,14 +13,14 @@ from runtime.cli import main, setup_phase
 from runtime.config import Plan
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from policies.causal_dit import CausalWanTransformer3DModel
+    from runtime.journal import Journal
     from runtime.session import Session
+    from runtime.supervised import Trained
 
 
 def run(plan: Plan) -> None:
-    """Train, evaluate, and write `transformer/` and `evaluation.json` into `run_dir`."""
+    """Train, evaluate, and write `transformer/`, `metrics.jsonl`, `evaluation.json` and a report into `run_dir`."""
     from runtime.supervised import conclude, opened
 
     stage = plan.settings.stage
@@ -30,20 +30,24 @@ def run(plan: Plan) -> None:
             plan.settings.engine.shape(teacher)
             if stage.from_teacher:
                 session.episodes.networks.transformer.load_state_dict(teacher.state_dict())
-        conclude(session, lambda work: train(session, teacher, work))
+        steps = sum(stage.steps(plan.settings.updates).values())
+        conclude(session, steps, lambda journal: train(session, teacher, journal))
 
 
-def train(session: Session, teacher: CausalWanTransformer3DModel, work: Path) -> CausalWanTransformer3DModel:
-    """Run the stages, one after the other; returns the student."""
+def train(session: Session, teacher: CausalWanTransformer3DModel, journal: Journal) -> Trained:
+    """Run the stages, one after the other; gives the student."""
     from algorithms.distillation.chain import Distillation
-    from runtime.supervised import asked
+    from algorithms.pretraining.loop import unread
+    from runtime.supervised import Trained, timed
 
     settings, networks, stage = session.settings, session.episodes.networks, session.settings.stage
-    pools = networks.pools(settings.world, stage.pool, stage.track_noise)
+    pools, encoding = timed(lambda: networks.pools(settings.world, stage.pool, stage.track_noise))
     negative = networks.text.encode([stage.negative_prompt])
-    rule, sigmas = session.actor.causality, settings.rollout.sigmas
-    chain = Distillation(stage, settings.strategy, rule, sigmas, settings.updates, settings.seed, print, asked(session))
-    return chain.run(networks.transformer, teacher, negative, pools, work)
+    rule, sigmas, updates = session.actor.causality, settings.rollout.sigmas, settings.updates
+    told = (unread, journal.stop, journal.record)
+    chain = Distillation(stage, settings.strategy, rule, sigmas, updates, settings.seed, *told)
+    student = chain.run(networks.transformer, teacher, negative, pools, journal.folder)
+    return Trained(student, chain.seconds, encoding)
 
 
 if __name__ == "__main__":

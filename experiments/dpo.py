@@ -14,11 +14,8 @@ from runtime.cli import main, setup_phase
 from runtime.config import Plan
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from algorithms.preferences import EncodedPairs
-    from policies.causal_dit import CausalWanTransformer3DModel
-    from runtime.runlog import RunLog
+    from runtime.journal import Journal
     from runtime.session import Session
 
 
@@ -27,12 +24,17 @@ def run(plan: Plan) -> None:
     if plan.settings.stage is None:
         train.run(plan)
         return
-    from runtime.supervised import conclude, opened
+    from runtime.supervised import Trained, conclude, opened, timed
 
     with opened(plan) as session:
         with setup_phase():
-            pairs = encode(session)
-        conclude(session, lambda work: learn(session, pairs, work))
+            pairs, encoding = timed(lambda: encode(session))
+        network = session.episodes.networks.transformer
+        conclude(
+            session,
+            plan.settings.updates,
+            lambda journal: Trained(network, learn(session, pairs, journal), encoding),
+        )
 
 
 def encode(session: Session) -> EncodedPairs:
@@ -63,41 +65,31 @@ def encode(session: Session) -> EncodedPairs:
     )
 
 
-def learn(session: Session, pairs: EncodedPairs, work: Path) -> CausalWanTransformer3DModel:
-    """Train the session's transformer, with a row of `metrics.jsonl` per step; returns it."""
+def learn(session: Session, pairs: EncodedPairs, journal: Journal) -> float:
+    """Train the session's transformer in place; returns the seconds that it took."""
     from algorithms.preferences import learn_preferences
-    from algorithms.pretraining.loop import Fit
-    from runtime.supervised import asked
+    from algorithms.pretraining.loop import Fit, unread
 
-    settings, network, logs = session.settings, session.episodes.networks.transformer, list["RunLog"]()
+    settings, network = session.settings, session.episodes.networks.transformer
     o, steps = settings.optimizer, settings.updates
     rate = partial(o.share, updates=steps)
     fit = Fit(steps, o.lr, (o.betas[0], o.betas[1]), o.weight_decay, o.grad_clip, rate)
 
-    def record(step: int, metrics: dict[str, float]) -> None:
-        if not logs:  # the first step says what was done before
-            logs.append(settings.logger.open(session.run_dir, session.config, step - 1))
-        logs[0].log(step, metrics)
-
     rule, sigmas, amount = session.actor.causality, list(settings.rollout.sigmas), settings.stage.batch
-    try:
-        return learn_preferences(
-            amount,
-            settings.algorithm.beta,
-            fit,
-            network,
-            pairs,
-            rule,
-            sigmas,
-            settings.seed,
-            print,
-            work / "state.pt",
-            record,
-            asked(session),
-        )
-    finally:
-        for log in logs:
-            log.close()
+    return learn_preferences(
+        amount,
+        settings.algorithm.beta,
+        fit,
+        network,
+        pairs,
+        rule,
+        sigmas,
+        settings.seed,
+        unread,
+        journal.folder / "state.pt",
+        journal.record,
+        journal.stop,
+    )
 
 
 if __name__ == "__main__":

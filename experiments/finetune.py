@@ -13,20 +13,19 @@ from runtime.cli import main, setup_phase
 from runtime.config import Plan
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from policies.causal_dit import CausalWanTransformer3DModel
+    from runtime.journal import Journal
     from runtime.session import Session
+    from runtime.supervised import Trained
 
 
 def run(plan: Plan) -> None:
-    """Train, evaluate, and write `transformer/` and `evaluation.json` into `run_dir`."""
+    """Train, evaluate, and write `transformer/`, `metrics.jsonl`, `evaluation.json` and a report into `run_dir`."""
     from runtime.supervised import conclude, opened
 
     with opened(plan) as session:
         with setup_phase():
             start(session)
-        conclude(session, lambda work: train(session, work))
+        conclude(session, plan.settings.updates, lambda journal: train(session, journal))
 
 
 def start(session: Session) -> None:
@@ -49,25 +48,28 @@ def start(session: Session) -> None:
         )
 
 
-def train(session: Session, work: Path) -> CausalWanTransformer3DModel:
-    """Fine-tune the session's transformer; returns the averaged weights."""
+def train(session: Session, journal: Journal) -> Trained:
+    """Fine-tune the session's transformer; gives the averaged weights."""
     from algorithms.distillation.finetune import finetune
-    from runtime.supervised import asked
+    from algorithms.pretraining.loop import unread
+    from runtime.supervised import Trained, timed
 
     settings, networks, stage = session.settings, session.episodes.networks, session.settings.stage
-    pools = networks.pools(settings.world, stage.pool, stage.track_noise)
+    pools, encoding = timed(lambda: networks.pools(settings.world, stage.pool, stage.track_noise))
     negative = networks.text.encode([stage.negative_prompt])
-    return finetune(
+    network, seconds = finetune(
         pools,
         stage,
         networks.transformer,
         negative,
         settings.updates,
         settings.seed,
-        print,
-        work / "state.pt",
-        asked(session),
+        unread,
+        journal.folder / "state.pt",
+        journal.stop,
+        journal.record,
     )
+    return Trained(network, seconds, encoding)
 
 
 if __name__ == "__main__":

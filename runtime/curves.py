@@ -25,7 +25,16 @@ TERMS = ("reward/", "reward_terms/")
 SECONDS = "seconds/"
 SMOOTHED_FROM = 20  # a series of fewer updates is shown as it is
 
+STAGES = ("teacher_forcing", "own_history", "ode", "consistency", "dmd")  # of distillation: <stage>/<key>
 LINES = {  # key: title; what is drawn after the rewards and the motion error
+    "loss": "Loss",
+    "dmd": "Distribution matching",
+    "adversarial": "Generator against the discriminator",
+    "critic_loss": "Loss of the critics",
+    "flow_matching": "Fake score: flow matching",
+    "discriminator": "Discriminator",
+    "discriminator_accuracy": "Discriminator: share it tells apart",
+    "preference_accuracy": "Pairs in the right order (share)",
     "group_std": "Reward spread inside a group (std)",
     "signs/edges": "Edges: mean slope of brightness",
     "signs/motion": "Motion: mean change from frame to frame",
@@ -35,6 +44,7 @@ LINES = {  # key: title; what is drawn after the rewards and the motion error
     "ratio_deviation": "Largest |ratio - 1|",
     "log_prob_gap": "|log-prob acting - re-scored| (must stay below 1e-5)",
     "grad_norm": "Gradient norm (before clipping)",
+    "critic_grad_norm": "Gradient norm of the critics",
 }
 
 
@@ -42,8 +52,8 @@ def plot(metrics_path: Path, out_png: Path) -> Path:
     """Draw what a run's `metrics.jsonl` holds and write it as PNG; what it does not hold is left out.
 
     Panels: motion error in pixels in training and at evaluations, reward and each of its terms, spread inside
-    a group, KL, clip fraction, ratio deviation, agreement of log-probs, gradient norm, seconds by phase
-    (stacked). Values that are not finite are gaps. The x axis is the update (`update`, else `step`).
+    a group, losses of supervised training, KL, clip fraction, ratio deviation, agreement of log-probs, gradient norm,
+    seconds by phase (stacked). Values that are not finite are gaps. The x axis is the update (`update`, else `step`).
 
     Returns:
         `out_png`.
@@ -112,8 +122,9 @@ def _panels(rows: Rows) -> list[Panel]:
         for prefix in TERMS:
             if key.startswith(prefix):
                 line(key, f"Reward term: {key.removeprefix(prefix)} (unweighted)")
-    for key, title in LINES.items():
-        line(key, title)
+    for stage in ("", *STAGES):
+        for key, title in LINES.items():
+            line(f"{stage}/{key}" if stage else key, f"{stage}: {title}" if stage else title)
     phases = [key for key in keys if key.startswith(SECONDS)]
     if phases:
         panels.append(("Seconds per update, by phase", partial(_stack, rows=rows, phases=phases)))

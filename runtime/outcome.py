@@ -51,9 +51,9 @@ class Outcome:
             kept = {str(row["update"]) for row in self.curve}
             self.errors = {key: row for key, row in found.get("clip_errors_px", {}).items() if key in kept}
         self.logged = {row["step"] for row in runlog.read(session.run_dir) if f"eval/{verdict.METRIC}" in row}
-        self.truth = measure(session.truth, session.truth, session.judge)
+        self.judged = judged(session)
         self._choose_best()
-        self._attempt(self._write_inputs)
+        self._attempt(lambda: write_config(session))
 
     def begin(self) -> None:
         """Measure the weights that the run started from, unless that is done."""
@@ -126,17 +126,10 @@ class Outcome:
 
     def _draw(self) -> None:
         """Curves, videos and report of a run that is done."""
-        from runtime import curves, report
-
-        run_dir = self.session.run_dir
-        curves.plot(run_dir / "metrics.jsonl", run_dir / "curves.png")
         ends = (("before", self.curve[0]), ("after", self.curve[-1]))
         sizes = range(len(self.session.truth))
         kept = [(name, [self._kept(int(row["update"]), size) for size in sizes]) for name, row in ends]
-        draw_samples(run_dir / "videos", [("true clip", self.session.truth), *kept])
-        self._write_environment()
-        report.write(run_dir)
-        self.log.results(run_dir)
+        publish(self.session, self.log, [("true clip", self.session.truth), *kept], time.time() - self.began)
 
     def _samples(self, update: int, size: int) -> Path:
         return Path(self.session.run_dir) / "samples" / f"{update:06d}_{size}.safetensors"
@@ -175,42 +168,70 @@ class Outcome:
         temporary.replace(self.path)
 
     def _result(self) -> dict[str, Any]:
-        settings = self.session.settings
         return {
             "before": self.curve[0],
             "after": self.curve[-1],
-            "truth": self.truth,
-            "extractor": self.session.judge.features.name,
-            "interpolator": self.session.judge.interpolator.name,
-            "clips": settings.evaluation.clips,
-            "split": settings.evaluation.split,
-            "tracker": type(settings.evaluation.tracker).__name__,
-            "found_by": found_by(self.session.truth),
+            **self.judged,
             "curve": self.curve,
             "complete": self.complete,
             "clip_errors_px": self.errors,
             "schedule": schedule_picture(self.session),
         }
 
-    def _write_inputs(self) -> None:
-        run_dir: Path = self.session.run_dir
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(yaml.safe_dump(self.session.config, sort_keys=False))
 
-    def _write_environment(self) -> None:
-        import shlex
-        import sys
+def judged(session: Session) -> dict[str, Any]:
+    """How a session's policy is measured, and what true clips measure: entries of `evaluation.json`."""
+    evaluation = session.settings.evaluation
+    return {
+        "truth": measure(session.truth, session.truth, session.judge),
+        "extractor": session.judge.features.name,
+        "interpolator": session.judge.interpolator.name,
+        "clips": evaluation.clips,
+        "split": evaluation.split,
+        "tracker": type(evaluation.tracker).__name__,
+        "found_by": found_by(session.truth),
+    }
 
-        facts = {
-            "command": shlex.join(["python", *sys.argv]),
-            "seed": self.session.settings.seed,
-            "device": self.session.device,
-            "processor": processor(),
-            "threads": torch.get_num_threads(),
-            "seconds": round(time.time() - self.began),
-            "versions": versions(),
-        }
-        (self.session.run_dir / "environment.json").write_text(json.dumps(facts, indent=1))
+
+def write_config(session: Session) -> None:
+    """Write a run's config into its folder."""
+    session.run_dir.mkdir(parents=True, exist_ok=True)
+    (session.run_dir / "config.yaml").write_text(yaml.safe_dump(session.config, sort_keys=False))
+
+
+def publish(session: Session, log: RunLog, columns: list[tuple[str, list[Sample]]], seconds: float) -> None:
+    """Write curves, videos and report of a run that is done and whose `evaluation.json` is there.
+
+    Args:
+        session: of the run.
+        log: shows them too.
+        columns: see `draw_samples`.
+        seconds: that this process took.
+    """
+    from runtime import curves, report
+
+    run_dir = session.run_dir
+    curves.plot(run_dir / runlog.FILE, run_dir / "curves.png")
+    draw_samples(run_dir / "videos", columns)
+    _write_environment(session, seconds)
+    report.write(run_dir)
+    log.results(run_dir)
+
+
+def _write_environment(session: Session, seconds: float) -> None:
+    import shlex
+    import sys
+
+    facts = {
+        "command": shlex.join(["python", *sys.argv]),
+        "seed": session.settings.seed,
+        "device": session.device,
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+        "seconds": round(seconds),
+        "versions": versions(),
+    }
+    (session.run_dir / "environment.json").write_text(json.dumps(facts, indent=1))
 
 
 def closing(evaluation: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -16,24 +17,34 @@ from rich.text import Text
 from runtime.alarms import SKIPPED, sentences
 
 TERMS = "reward_terms/"
+LOSSES = ("loss", "dmd", "adversarial", "flow_matching", "discriminator")  # of supervised training
 
 
 class Progress:
     """Progress over `total` updates of which `done` are done already (a resumed run).
 
-    `started` is the `time.monotonic()` from which the first steps are counted; none: now.
+    `started` is the `time.monotonic()` from which the first steps are counted; none: now. Where there is no terminal,
+    lines of updates other than the last are at least `pause` seconds apart.
 
-    Shows `reward`, its terms (`reward_terms/<name>`), pixel errors (`...error_px`), `kl`, `clip_fraction`,
-    groups dropped and updates left out where there are any, seconds per phase and the time left. Use as a
-    context manager.
+    Shows `reward`, its terms (`reward_terms/<name>`), losses of supervised training, pixel errors (`...error_px`),
+    `kl`, `clip_fraction`, groups dropped and updates left out where there are any, seconds per phase and the time left.
+    Use as a context manager.
     """
 
-    def __init__(self, total: int, done: int = 0, console: Console | None = None, started: float | None = None) -> None:
+    def __init__(
+        self,
+        total: int,
+        done: int = 0,
+        console: Console | None = None,
+        started: float | None = None,
+        pause: float = 0.0,
+    ) -> None:
         # Of several processes one talks.
         self.console = console or Console(stderr=True, quiet=int(os.environ.get("RANK", "0")) > 0)
         self.total, self.done, self._start = total, done, done
         self._began = time.monotonic()
         self._started = self._began if started is None else started
+        self._pause, self._told = pause, -math.inf
         self._phase = "rollout"
         self._reported: set[str] = set()
         self._bar = Bar(
@@ -88,8 +99,11 @@ class Progress:
     def update(self, step: int, metrics: Mapping[str, float], seconds: Mapping[str, float]) -> None:
         """Show that update `step` (from 1) is done, with its metrics and seconds per phase."""
         self.done = step
-        line, left = summary(metrics, seconds), self.left()
+        line, left, now = summary(metrics, seconds), self.left(), time.monotonic()
         if self._live is None:
+            if now - self._told < self._pause and step < self.total:
+                return
+            self._told = now
             self.note(f"update {step}/{self.total}  {line}  left {left}")
         else:
             self._text.plain = line
@@ -114,6 +128,7 @@ class Progress:
 def summary(metrics: Mapping[str, float], seconds: Mapping[str, float]) -> str:
     """Return the metrics that a person watches, and seconds per phase, as one line."""
     parts = [f"reward {metrics['reward']:.3f}"] if "reward" in metrics else []
+    parts += [f"{name} {value:.4f}" for name, value in metrics.items() if name.rpartition("/")[2] in LOSSES]
     parts += [f"{name.removeprefix(TERMS)} {value:.3f}" for name, value in metrics.items() if name.startswith(TERMS)]
     parts += [f"error {value:.2f} px" for name, value in metrics.items() if name.endswith("error_px")]
     parts += [

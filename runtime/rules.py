@@ -11,6 +11,7 @@ import numpy as np
 
 from data.draws import Stream, generator
 from data.pairs import read_pairs
+from runtime import unused
 from runtime.checkpoint import complete_steps, read_state
 from runtime.identity import BEGUN
 from runtime.settings import Settings, require
@@ -221,10 +222,8 @@ def step1(settings: Settings) -> None:
             settings.checkpoint is None or not getattr(stage, option, False),
             f"checkpoint={settings.checkpoint} has no effect with stage.{option}=true; take one of them out",
         )
-    require(
-        settings.optimizer.ema == 0,
-        f"optimizer.ema={settings.optimizer.ema} has no effect here; take it out (stages have an ema of their own)",
-    )
+    for text in unused.changed(settings):
+        raise ValueError(f"{text} has no effect here; {unused.instead(text.partition('=')[0], stage)}")
     wide = getattr(settings.strategy, "frames", 0)
     require(
         wide <= settings.rollout.frames,

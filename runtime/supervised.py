@@ -6,8 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from runtime.checkpoint import replace_text
 from runtime.cli import setup_phase
@@ -18,9 +17,25 @@ from runtime.signals import StopFlag, Stopped
 
 if TYPE_CHECKING:
     from policies.causal_dit import CausalWanTransformer3DModel
+    from runtime.journal import Journal
     from runtime.session import Session
 
 RESULT = "evaluation.json"
+Made = TypeVar("Made")
+
+
+class Trained(NamedTuple):
+    """What training gives.
+
+    Attributes:
+        network: the transformer.
+        seconds: of training, over all parts of an interrupted run.
+        encoding: seconds of encoding the clips before it, which every part does anew; the last one's.
+    """
+
+    network: CausalWanTransformer3DModel
+    seconds: float
+    encoding: float
 
 
 @contextmanager
@@ -40,51 +55,62 @@ def opened(plan: Plan) -> Iterator[Session]:
             print(f"stopped{f' ({where})' if str(where) else ''}; go on with: run_dir={session.run_dir} resume=true")
 
 
-def asked(session: Session) -> Callable[[], bool]:
-    """Whether a session's stop has been asked for."""
-    return lambda: session.stop.requested
+def timed(make: Callable[[], Made]) -> tuple[Made, float]:
+    """What `make` returns, and the seconds that it took."""
+    began = time.perf_counter()
+    return make(), time.perf_counter() - began
 
 
-def conclude(session: Session, train: Callable[[Path], CausalWanTransformer3DModel]) -> None:
-    """Train a session's transformer; write `transformer/` (diffusers' layout), videos and `evaluation.json`.
+def conclude(session: Session, steps: int, train: Callable[[Journal], Trained]) -> None:
+    """Train a session's transformer; write `transformer/` (diffusers' layout), `evaluation.json`, videos and report.
 
     Args:
         session: evaluates before and after, on the same clips and noise. Its transformer has the weights that training
             begins with.
-        train: takes a folder for its state and returns the trained transformer. With `resume=true` it finds there what
-            an interrupted run left.
+        steps: that training takes.
+        train: trains; what it is given takes its rows of `metrics.jsonl`, and has a folder for its state, where with
+            `resume=true` it finds what an interrupted run left.
     """
     from policies.adapters import merged
     from policies.causal_dit import save
-    from runtime.evaluation import error_by_frame, measure
-    from runtime.outcome import draw_samples
+    from runtime.evaluation import error_by_frame
+    from runtime.journal import Journal
+    from runtime.outcome import closing, judged, publish, write_config
 
-    folder, network = session.run_dir, session.episodes.networks.transformer
+    folder = session.run_dir
     if (folder / RESULT).is_file():
         print(f"done already: {folder / RESULT}")
         return
-    before = _begin(session)
     began = time.time()
-    trained = train((folder / BEGUN).parent)
-    seconds = time.time() - began
-    network.load_state_dict(trained.state_dict())
-    after, samples = session.evaluate()
-    save(merged(trained), folder / "transformer")
-    draw_samples(folder / "videos", [("true clip", session.truth), ("after", samples)])
-    result = {
-        "before": before,
-        "after": after,
-        "truth": measure(session.truth, session.truth, session.judge),
-        "error_by_frame": error_by_frame(samples),
-        "extractor": session.judge.features.name,
-        "seconds": round(seconds),
-        "config": session.config,
-    }
-    replace_text(folder / RESULT, json.dumps(result, indent=1))
-    print(
-        f"held-out motion error {before['motion_error_px']:.3f} -> {after['motion_error_px']:.3f} px in {seconds:.0f} s"
-    )
-    print(f"transformer, results and videos: {folder}")
+    with Journal(session, steps) as journal:
+        write_config(session)
+        journal.progress.phase("evaluation")
+        before = journal.before = _begin(session)
+        journal.progress.phase("training")
+        trained = train(journal)
+        session.episodes.networks.transformer.load_state_dict(trained.network.state_dict())
+        journal.progress.phase("evaluation")
+        after, samples = session.evaluate()
+        log = journal.measured(after)
+        save(merged(trained.network), folder / "transformer")
+        result = {
+            "before": before,
+            "after": after,
+            **judged(session),
+            "error_by_frame": error_by_frame(samples),
+            "seconds": round(trained.seconds),
+            "seconds_encoding": round(trained.encoding),
+            "config": session.config,
+        }
+        replace_text(folder / RESULT, json.dumps(result, indent=1))
+        try:
+            publish(session, log, [("true clip", session.truth), ("after", samples)], time.time() - began)
+        except OSError as error:  # what was trained and measured is kept
+            journal.progress.notice(f"videos and report cannot be written ({error})")
+        journal.progress.note(
+            f"{closing(result)}; {trained.seconds:.0f} s of training\n"
+            f"transformer, results, videos and report.html: {folder}"
+        )
 
 
 def _begin(session: Session) -> dict[str, float]:

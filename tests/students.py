@@ -60,6 +60,11 @@ def silent(line: str) -> None:
     """No report."""
 
 
+def timeless(row: dict[str, Any]) -> dict[str, Any]:
+    """What a step logs, without how long it took."""
+    return {key: value for key, value in row.items() if not key.startswith("seconds/")}
+
+
 def fixed(who: Student, step: int) -> Tensor:
     return torch.full(who.truth.shape[:2], step)
 

@@ -20,8 +20,10 @@ from experiments import dpo
 from policies.causality import Causality
 from runtime import runlog
 from runtime.config import CONF, Plan, validate
+from runtime.journal import Journal
 from runtime.session import Session
 from runtime.videos import write
+from tests.students import timeless
 from tests.test_algorithms import network
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "preferences" / "example.csv"
@@ -141,8 +143,11 @@ def test_the_experiment_runs_and_leaves_a_transformer(
     dpo.run(made)
     found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert found["before"]["motion_error_px"] > 0 and (tmp_path / "run" / "transformer" / "config.json").is_file()
-    rows = runlog.read(tmp_path / "run")
-    assert [row["step"] for row in rows] == [1, 2, 3]
+    first, *rows, last = runlog.read(tmp_path / "run")
+    assert [row["step"] for row in (first, *rows, last)] == [0, 1, 2, 3, 3]
+    for row, name in ((first, "before"), (last, "after")):
+        assert row["eval/motion_error_px"] == found[name]["motion_error_px"]
+    assert (tmp_path / "run" / "report.html").is_file()
     assert all({"loss", "grad_norm", "preference_accuracy", "preference_margin"} <= set(row) for row in rows)
     assert rows[0]["loss"] == pytest.approx(math.log(2)) and rows[0]["grad_norm"] > 0
 
@@ -152,8 +157,9 @@ def test_offline_learning_follows_the_optimizer_and_beta(model: Path, tmp_path: 
         made = plan(model, tmp_path / name, f"stage.file={listed}", "stage.batch=2", "updates=3", *options)
         session = Session(made.settings, made.config)
         before = [p.detach().clone() for p in session.parameters]
-        session.run_dir.mkdir()
-        dpo.learn(session, dpo.encode(session), session.run_dir)
+        with Journal(session, 3) as journal:
+            journal.folder.mkdir(parents=True)
+            dpo.learn(session, dpo.encode(session), journal)
         moved = max(float((p.detach() - q).abs().max()) for p, q in zip(session.parameters, before, strict=True))
         return moved, runlog.read(session.run_dir)
 
@@ -177,9 +183,10 @@ def test_a_run_of_pairs_goes_on_with_its_metrics(
         patch.setattr(loop, "keep", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt(kept(*a))))
         with pytest.raises(KeyboardInterrupt):
             dpo.run(plan(model, tmp_path / "parts", *whole))
-    assert [row["step"] for row in runlog.read(tmp_path / "parts")] == [1, 2]
+    assert [row["step"] for row in runlog.read(tmp_path / "parts")] == [0, 1, 2]
     dpo.run(plan(model, tmp_path / "parts", *whole, "resume=true"))
-    assert runlog.read(tmp_path / "parts") == runlog.read(tmp_path / "whole")
+    ours, theirs = ([timeless(row) for row in runlog.read(tmp_path / name)] for name in ("parts", "whole"))
+    assert ours == theirs
 
 
 def test_what_is_wrong_is_refused_in_one_line_before_anything_loads(model: Path, tmp_path: Path, listed: Path) -> None:
@@ -190,6 +197,8 @@ def test_what_is_wrong_is_refused_in_one_line_before_anything_loads(model: Path,
         ([f"stage.file={listed}", "algorithm.pairs=3"], r"algorithm\.pairs=3 has no effect with stage=pairs"),
         ([f"stage.file={listed}", "algorithm=grpo"], "stage=pairs is DPO, not GRPO"),
         ([f"stage.file={listed}", "optimizer.ema=0.5"], r"optimizer\.ema=0\.5 has no effect"),
+        ([f"stage.file={listed}", "saving.every=5"], r"saving\.every=5 has no effect"),
+        ([f"stage.file={listed}", "rollout.prompts=2"], r"rollout\.prompts=2 has no effect here; set stage\.batch"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=words) as refused:
             plan(model, tmp_path / "run", *options)

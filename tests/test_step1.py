@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,10 +14,14 @@ from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file
 
 from algorithms.distillation import chain
-from experiments import distill, finetune
+from algorithms.pretraining import loop
+from experiments import ablation_step1, distill, finetune, learn
+from runtime import runlog, supervised
 from runtime.cli import SetupError
 from runtime.config import CONF, Plan, validate
+from runtime.journal import Journal
 from runtime.session import Session
+from tests.students import timeless
 
 SMALL = ["rollout.frames=3", "world.sizes=[16x16,16x24]", "evaluation.clips=3", "stage.pool=8"]
 FINETUNE = [*SMALL, "model.transformer=transformer", "stage.batch=4", "updates=3", "rollout.sigmas=[1.0,0.5,0.0]"]
@@ -53,6 +59,13 @@ def test_the_initial_model_then_the_teacher(model: Path, tmp_path: Path) -> None
     finetune.run(plan("finetune", model, tmp_path / "teacher", *FINETUNE, first))
     assert weights(tmp_path / "teacher")["patch_embedding.weight"][:, -4:].any()
     found = result(tmp_path / "teacher")
+    begun, *rows, last = runlog.read(tmp_path / "teacher")
+    assert [row["step"] for row in (begun, *rows, last)] == [0, 1, 2, 3, 3]
+    assert all({"loss", "grad_norm", "lr", "seconds/loss", "seconds/update"} < set(row) for row in rows)
+    for row, end in ((begun, "before"), (last, "after")):
+        assert row["eval/motion_error_px"] == found[end]["motion_error_px"]
+    for name in ("config.yaml", "environment.json", "curves.png", "report.html"):
+        assert (tmp_path / "teacher" / name).stat().st_size > 0
     assert found["before"] == result(tmp_path / "initial")["after"] != found["after"]
     assert (tmp_path / "teacher" / "videos" / "00.mp4").stat().st_size > 0
 
@@ -81,6 +94,37 @@ def test_finetuning_of_a_part_of_the_weights(model: Path, tmp_path: Path, adapta
     assert metrics["motion_error_px"] == pytest.approx(result(tmp_path / "run")["after"]["motion_error_px"], abs=1e-3)
 
 
+def test_a_stopped_run_goes_on_with_its_log_and_its_seconds(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By this clock a step takes 10 s and the encoding of a frame size 100 s; nothing else takes any."""
+    now = [0.0]
+    for module in (loop, supervised):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0], time=lambda: now[0]))
+
+    def slow(name: str, seconds: float) -> Any:
+        module, _, function = name.rpartition(".")
+        real = getattr(importlib.import_module(module), function)
+
+        def slowly(*arguments: Any, **named: Any) -> Any:
+            now[0] += seconds
+            return real(*arguments, **named)
+
+        monkeypatch.setattr(name, slowly)
+
+    slow("algorithms.distillation.finetune.flow_matching_loss", 10)
+    slow("algorithms.distillation.pool.encode_pool", 100)
+    finetune.run(plan("finetune", model, tmp_path / "whole", *FINETUNE))
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "stop", lambda journal: len(runlog.read(journal.session.run_dir)) == 3)
+        finetune.run(plan("finetune", model, tmp_path / "parts", *FINETUNE))
+    assert [row["step"] for row in runlog.read(tmp_path / "parts")] == [0, 1, 2]
+    finetune.run(plan("finetune", model, tmp_path / "parts", *FINETUNE, "resume=true"))
+    assert runlog.read(tmp_path / "parts") == runlog.read(tmp_path / "whole"), "no row lost, none doubled"
+    for name in ("whole", "parts"):
+        assert (result(tmp_path / name)["seconds"], result(tmp_path / name)["seconds_encoding"]) == (30, 200)
+
+
 @pytest.mark.parametrize("chunk", [1, 3])
 def test_an_interrupted_distillation_ends_as_one_that_was_not(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
@@ -105,6 +149,10 @@ def test_an_interrupted_distillation_ends_as_one_that_was_not(
     ours, theirs = (weights(tmp_path / name) for name in ("whole", "parts"))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert result(tmp_path / "whole")["after"] == result(tmp_path / "parts")["after"]
+    log, again = ([timeless(row) for row in runlog.read(tmp_path / name)] for name in ("whole", "parts"))
+    assert log == again and [row["step"] for row in log] == [*range(11), 10]
+    stages = [{key.partition("/")[0] for key in row} - {"step"} for row in log[1:-1]]
+    assert stages == [{name} for name in NAMES for _ in range(2)], "in their order"
 
 
 @pytest.mark.parametrize("strategy", ["self_forcing", "teacher_forcing", "diffusion_forcing", "windowed"])
@@ -136,7 +184,24 @@ def test_distillation_into_adapters(model: Path, tmp_path: Path) -> None:
         (["stage.eta=1.5"], r"stage.eta must lie in \[0, 1\]"),
         (["stage.dmd.batch=9"], "a batch repeats no clip"),
         (["adaptation=lora"], "stage.from_teacher=false"),
-        (["optimizer.ema=0.9"], "optimizer.ema=0.9 has no effect"),
+        (["optimizer.ema=0.9"], "optimizer.ema=0.9 has no effect here; set stage.dmd.ema"),
+        (["optimizer.lr=1e-3"], "optimizer.lr=0.001 has no effect here; set stage.dmd.lr"),
+        (["optimizer.betas=[0.5,0.9]"], "set stage.dmd.betas"),
+        (["optimizer.grad_clip=2"], "set stage.dmd.clip"),
+        (["optimizer.decay=0"], "optimizer.decay=0.0 has no effect here; take it out"),
+        (["transition=flow_sde"], "transition=FlowSDE has no effect"),
+        (["schedule=first"], "schedule=First has no effect"),
+        (["schedule.scope=per_frame"], "schedule.scope=per_frame has no effect"),
+        (["algorithm=nft"], "algorithm=NFT has no effect"),
+        (["algorithm.credit=clip"], "algorithm.credit=clip has no effect"),
+        (["guard.non_finite=stop"], "guard.non_finite=stop has no effect"),
+        (["alarms.factor=3"], "alarms.factor=3.0 has no effect"),
+        (["saving.every=10"], "saving.every=10 has no effect"),
+        (["saving.best=frechet"], "saving.best=frechet has no effect"),
+        (["evaluation.every=5"], "evaluation.every=5 has no effect"),
+        (["scoring.epsilon=1"], "scoring.epsilon=1.0 has no effect"),
+        (["rollout.history_gradient=true"], "rollout.history_gradient=True has no effect"),
+        (["rollout.prompts=2"], "rollout.prompts=2 has no effect here; set stage.dmd.batch"),
         (["strategy.exit=sometimes"], "per_video, per_frame"),
         (["stage.match=false", *(f"stage.{name}.steps=0" for name in NAMES[:-1])], "nothing to do"),
     ],
@@ -146,3 +211,12 @@ def test_bad_input_is_refused_before_anything_loads(
 ) -> None:
     with pytest.raises((ValueError, FileNotFoundError), match=words):
         plan("distill", model, tmp_path / "run", *DISTILL, *overrides)
+
+
+def test_what_the_tables_run_is_not_refused(model: Path, tmp_path: Path) -> None:
+    found = [*ablation_step1.cells(1, 4, "transformer", "transformer", []), *learn.cells(1, 4, 4)]
+    cells = {cell.name: cell for made in found for cell in (made, made.after) if cell and cell.script == "distill.py"}
+    assert len(cells) == 8
+    for name, cell in cells.items():
+        overrides = [text.format(after=model) for text in cell.overrides]
+        plan("distill", model, tmp_path / name, *overrides, "stage.teacher=transformer", "stage.dmd.layers=[0]")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -20,7 +22,7 @@ from algorithms.distillation.scores import Discriminator
 from algorithms.distillation.settings import Distill
 from algorithms.distillation.settings import Warmup as Stage
 from algorithms.distillation.warmup import Teacher
-from algorithms.pretraining.loop import Fit, matrices, never, optimise
+from algorithms.pretraining.loop import Fit, Record, matrices, never, optimise, unrecorded
 from data.draws import Stream, generator
 from envs.ar_video import start
 from envs.transitions import CPS, ODE
@@ -37,7 +39,7 @@ STRIDE = 10_000_000
 
 
 class Distillation:
-    """Runs the stages that have steps, in the order of `STAGES`.
+    """Runs the stages that have steps, in the order of `Distill.steps`.
 
     Args:
         settings: see `Distill`.
@@ -48,6 +50,10 @@ class Distillation:
         seed: of clips and noise.
         report: takes a line of progress.
         stop: see `optimise`.
+        record: see `optimise`; steps are counted over all stages, and metrics carry the name of theirs.
+
+    Attributes:
+        seconds: of training, over all stages and all parts of an interrupted run; known after `run`.
     """
 
     def __init__(
@@ -60,10 +66,12 @@ class Distillation:
         seed: int,
         report: Callable[[str], None] = print,
         stop: Callable[[], bool] = never,
+        record: Record = unrecorded,
     ) -> None:
         self.settings, self.strategy, self.causality, self.seed = settings, strategy, causality, seed
         self.sigmas, self.updates, self.report = torch.tensor(list(sigmas)), updates, report
-        self.stop, self.pools = stop, list[LatentPool]()
+        self.stop, self.record, self.pools = stop, record, list[LatentPool]()
+        self.seconds = 0.0
 
     def run(
         self,
@@ -83,22 +91,21 @@ class Distillation:
             folder: takes the state of the stage that runs, and the result of each that has run; where they are there
                 already, training goes on from them.
         """
-        self.pools = pools
+        self.pools, self.seconds, before = pools, 0.0, 0
         guide = Teacher(teacher.requires_grad_(False).eval(), negative, self.settings.guidance)
-        for name in STAGES:
-            stage, done, state = getattr(self.settings, name), folder / f"{name}.safetensors", folder / f"{name}.pt"
-            if not (self.settings.match if name == "dmd" else stage.steps):
-                continue
+        for name, steps in self.settings.steps(self.updates).items():
+            done, state = folder / f"{name}.safetensors", folder / f"{name}.pt"
             if not done.is_file():
-                if name == "dmd":
-                    found = self._match(student, guide, state)
-                else:
-                    found = self._warm_up(name, stage, student, guide, state)
-                partial = done.with_suffix(".new")
-                save_file({k: v.contiguous() for k, v in found.state_dict().items()}, partial)
-                partial.replace(done)
+                record = partial(self._record, name, before)
+                found, seconds = self._train(name, student, guide, state, record)
+                unfinished = done.with_suffix(".new")
+                weights = {k: v.contiguous() for k, v in found.state_dict().items()}
+                save_file(weights, unfinished, {"seconds": str(seconds)})
+                unfinished.replace(done)
                 state.unlink(missing_ok=True)
             student.load_state_dict(load_file(done))
+            self.seconds += seconds_of(done)
+            before += steps
         return student
 
     def begin(self, network: CausalWanTransformer3DModel, stage: str, draw: int) -> Student:
@@ -113,9 +120,18 @@ class Distillation:
         state = start(condition, text, self.sigmas, stochastic, key, tuple(truth.shape[2:]))
         return Student(network, CPS(eta) if eta > 0 else ODE(), self.causality, state, truth)
 
-    def _warm_up(
-        self, name: str, stage: Stage, student: CausalWanTransformer3DModel, teacher: Teacher, state: Path
-    ) -> CausalWanTransformer3DModel:
+    def _record(self, name: str, before: int, step: int, metrics: dict[str, float]) -> None:
+        """Record a step of a stage, with `before` steps of other stages before it."""
+        named = {key if key.startswith("seconds/") else f"{name}/{key}": value for key, value in metrics.items()}
+        self.record(before + step, named)
+
+    def _train(
+        self, name: str, student: CausalWanTransformer3DModel, teacher: Teacher, state: Path, record: Record
+    ) -> tuple[CausalWanTransformer3DModel, float]:
+        """Run a stage; returns the student with its averaged weights, and seconds."""
+        if name == "dmd":
+            return self._match(student, teacher, state, record)
+        stage: Stage = getattr(self.settings, name)
         ema = EMA(student, stage.ema)
 
         def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
@@ -124,8 +140,8 @@ class Distillation:
 
         trained = [p for p in student.parameters() if p.requires_grad]
         fit, shaped = Fit(stage.steps, stage.lr), matrices(student)
-        optimise(trained, fit, loss_of, name, self.report, ema, shaped, state, self.stop)
-        return averaged(student, ema)
+        seconds = optimise(trained, fit, loss_of, name, self.report, ema, shaped, state, self.stop, record)
+        return averaged(student, ema), seconds
 
     def _loss(self, name: str, student: Student, teacher: Teacher, ema: EMA, step: int) -> Loss:
         key = (self.seed, 16, STAGES[name] * STRIDE + step)
@@ -140,11 +156,18 @@ class Distillation:
         return warmup.consistency(student, ema, teacher, key, s.substeps, s.huber)
 
     def _match(
-        self, student: CausalWanTransformer3DModel, teacher: Teacher, state: Path
-    ) -> CausalWanTransformer3DModel:
+        self, student: CausalWanTransformer3DModel, teacher: Teacher, state: Path, record: Record
+    ) -> tuple[CausalWanTransformer3DModel, float]:
         s = self.settings.dmd
         judge = Discriminator(teacher.network, s.layers, seed=self.seed)
         fake = copy.deepcopy(teacher.network).requires_grad_(True)
         players = Players(student, fake, judge.to(student.device), teacher)
         game = DistributionMatching(players, s, self.strategy, lambda draw: self.begin(student, "dmd", draw), self.seed)
-        return game.train(self.updates, self.report, state, stop=self.stop)
+        matched = game.train(self.updates, self.report, state, stop=self.stop, record=record)
+        return matched, game.seconds
+
+
+def seconds_of(done: Path) -> float:
+    """Seconds that a finished stage took, from the file of its result; 0 where an older one does not say."""
+    with safe_open(done, "pt") as file:
+        return float((file.metadata() or {}).get("seconds", 0.0))

@@ -24,7 +24,7 @@ from algorithms.distillation.rollouts import Generated, Judged, Student, judged
 from algorithms.distillation.scores import Discriminator, predict_x0
 from algorithms.distillation.settings import DMD
 from algorithms.distillation.warmup import Teacher
-from algorithms.pretraining.loop import Interrupted, keep, never, restore
+from algorithms.pretraining.loop import Interrupted, Record, Stopwatch, keep, never, restore, unrecorded
 from policies.causal_dit import CausalWanTransformer3DModel
 from policies.ema import EMA, averaged
 
@@ -62,6 +62,9 @@ class DistributionMatching:
         strategy: how the student makes clips.
         begin: the student at the start of the clips of a draw, by its number.
         seed: of the noise that clips are judged under.
+
+    Attributes:
+        seconds: of training, over all parts of an interrupted run; known after `train`.
     """
 
     def __init__(
@@ -76,26 +79,27 @@ class DistributionMatching:
             torch.optim.AdamW(self.critics, lr=s.critic_lr, betas=(s.betas[0], s.betas[1]), weight_decay=0.0),
         ]
         self.ema = EMA(players.student, s.ema)
+        self.seconds = 0.0
 
     def generator_step(self, draw: int) -> Metrics:
-        """Move the student: DMD + weight x adversarial."""
+        """Move the student: DMD + weight x adversarial. Returns its losses and the norm of its gradient."""
         student = self.begin(draw)
         made = self.strategy(student)
         noise = Noise.draw(made.x0, (self.seed, 11, draw), self.settings.shift)
         loss, metrics = self._generator_loss(student, made, noise)
-        self._descend(loss, self.weights, self.optimizers[0])
+        norm = self._descend(loss, self.weights, self.optimizers[0])
         self.ema.update()
-        return metrics
+        return {"loss": float(loss.detach()), "grad_norm": norm, **metrics}
 
     def critic_step(self, draw: int) -> Metrics:
-        """Move the fake score by flow matching on the student's clips, and the discriminator."""
+        """Move the fake score by flow matching on the student's clips, and the discriminator. Returns as above."""
         student = self.begin(draw)
         with torch.no_grad():
             made = self.strategy(student)
         noise = Noise.draw(made.x0, (self.seed, 12, draw), self.settings.shift)
         loss, metrics = self._critic_loss(student, made, noise, draw)
-        self._descend(loss, self.critics, self.optimizers[1])
-        return metrics
+        norm = self._descend(loss, self.critics, self.optimizers[1])
+        return {"critic_loss": float(loss.detach()), "critic_grad_norm": norm, **metrics}
 
     def _generator_loss(self, student: Student, made: Generated, noise: Noise) -> tuple[Tensor, Metrics]:
         s, text, noise = self.settings, student.state["text"], noise.cut(made.window)
@@ -123,25 +127,27 @@ class DistributionMatching:
     def _discrimination(self, clips: Judged, text: Tensor, noise: Noise, draw: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The discriminator's loss; true and generated clips are under the same noise."""
         s, judge = self.settings, self.players.judge
-        sides = ((s.r1, clips.truth, clips.true_condition), (s.r2, clips.x0, clips.condition))
-        noisy = [noise.on(x) for _, x, _ in sides]
+        sides = (("r1", s.r1, clips.truth, clips.true_condition), ("r2", s.r2, clips.x0, clips.condition))
+        noisy = [noise.on(x) for _, _, x, _ in sides]
         logits = [judge(x, noise.sigma, given, text) for x, (*_, given) in zip(noisy, sides, strict=True)]
         loss, metrics = discriminator_loss(*logits)
-        for (weight, _, given), x, before in zip(sides, noisy, logits, strict=True):
+        for (name, weight, _, given), x, before in zip(sides, noisy, logits, strict=True):
             if weight > 0:
                 disturbance = s.penalty_std * Noise.draw(x, (self.seed, 13, draw), s.shift).eps
                 after = judge(x + disturbance, noise.sigma, given, text)
                 penalty, more = gradient_penalty(before, after, s.penalty_std)
-                loss, metrics = loss + weight * penalty, {**metrics, **more}
+                loss, metrics = loss + weight * penalty, {**metrics, name: more["gradient_penalty"]}
         return loss, metrics
 
-    def _descend(self, loss: Tensor, weights: Iterable[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    def _descend(self, loss: Tensor, weights: Iterable[nn.Parameter], optimizer: torch.optim.Optimizer) -> float:
+        """Take a step; returns the norm of the gradient before clipping."""
         optimizer.zero_grad()
         loss.backward()
         norm = float(torch.nn.utils.clip_grad_norm_(weights, self.settings.clip))
         if not math.isfinite(norm):
             raise FloatingPointError("dmd: a gradient is not finite; the weights are those of the step before")
         optimizer.step()
+        return norm
 
     def train(
         self,
@@ -150,6 +156,7 @@ class DistributionMatching:
         state: Path | None = None,
         every: int = 250,
         stop: Callable[[], bool] = never,
+        record: Record = unrecorded,
     ) -> CausalWanTransformer3DModel:
         """Take `updates` generator steps, each with `generator_every` critic steps after it.
 
@@ -158,29 +165,42 @@ class DistributionMatching:
             report: takes a line of progress.
             state: file that is written every `every` steps; where it exists, training goes on from it.
             every: see `state`.
-            stop: see `optimise`.
+            stop, record: see `optimise`; a step is one of the critics, with the generator's metrics where that moved.
 
         Returns:
             The student with its averaged weights.
         """
         s, everything = self.settings, [*self.weights, *self.critics]
-        first = restore(state, everything, self.optimizers, self.ema)
-        began, metrics = time.perf_counter(), dict[str, float]()
+        first, spent = restore(state, everything, self.optimizers, self.ema)
+        began, metrics = time.perf_counter() - spent, dict[str, float]()
         steps = updates * s.generator_every
         for step in range(first, steps):
             if stop():
                 if state is not None and step > first:
-                    keep(state, step, everything, self.optimizers, self.ema)
+                    keep(state, step, everything, self.optimizers, self.ema, time.perf_counter() - began)
                 raise Interrupted(f"dmd: stopped before step {step}")
-            for optimizer, peak in zip(self.optimizers, (s.lr, s.critic_lr), strict=True):
-                for group in optimizer.param_groups:
-                    group["lr"] = peak * min(1.0, (step + 1) / s.warmup)
+            row, watch = self._set_rates(step), Stopwatch()
             if step % s.generator_every == 0:
-                metrics |= self.generator_step(2 * step)
-            metrics |= self.critic_step(2 * step + 1)
+                row |= self.generator_step(2 * step)
+                watch.lap("generator")
+            row |= self.critic_step(2 * step + 1)
+            watch.lap("critics")
+            record(step + 1, {**row, **watch.laps})
+            metrics |= row
             if step % 50 == 0 or step == steps - 1:
                 text = " ".join(f"{k} {v:.4f}" for k, v in metrics.items())
                 report(f"dmd {step}/{steps} {text} {time.perf_counter() - began:.0f}s")
             if state is not None and (step + 1) % every == 0:
-                keep(state, step + 1, everything, self.optimizers, self.ema)
+                keep(state, step + 1, everything, self.optimizers, self.ema, time.perf_counter() - began)
+        self.seconds = time.perf_counter() - began
         return averaged(self.players.student, self.ema)
+
+    def _set_rates(self, step: int) -> Metrics:
+        """Give both optimizers the learning rates of a step, and return them."""
+        s = self.settings
+        share = min(1.0, (step + 1) / s.warmup)
+        rates = {"lr": s.lr * share, "critic_lr": s.critic_lr * share}
+        for optimizer, rate in zip(self.optimizers, rates.values(), strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+        return rates

@@ -15,7 +15,7 @@ from algorithms.distillation.losses import flow_matching_loss
 from algorithms.distillation.noise import noised, shifted
 from algorithms.distillation.pool import LatentPool
 from algorithms.distillation.settings import FineTune
-from algorithms.pretraining.loop import Fit, matrices, never, optimise
+from algorithms.pretraining.loop import Fit, Record, matrices, never, optimise, unrecorded
 from data.draws import Stream, generator, seed_of
 from envs.control import MASK_CHANNELS
 from policies.causal_dit import CausalWanTransformer3DModel
@@ -77,8 +77,9 @@ def finetune(
     report: Callable[[str], None] = print,
     state: Path | None = None,
     stop: Callable[[], bool] = never,
-) -> CausalWanTransformer3DModel:
-    """Train `model` in place by flow matching on clips of every frame size in turn; return the averaged weights.
+    record: Record = unrecorded,
+) -> tuple[CausalWanTransformer3DModel, float]:
+    """Train `model` in place by flow matching on clips of every frame size in turn.
 
     Args:
         pools: encoded clips, one pool per frame size.
@@ -88,7 +89,10 @@ def finetune(
         steps: optimizer steps.
         seed: of clips and noise.
         report: takes a line of progress.
-        state, stop: see `optimise`.
+        state, stop, record: see `optimise`.
+
+    Returns:
+        The model with its averaged weights, and the seconds of training.
     """
     ema = EMA(model, stage.ema)
 
@@ -106,5 +110,6 @@ def finetune(
         return flow_matching_loss(v, x0, eps)[0], {}
 
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimise(trained, Fit(steps, stage.lr), loss_of, "finetune", report, ema, matrices(model), state, stop)
-    return averaged(model, ema)
+    fit, shaped = Fit(steps, stage.lr), matrices(model)
+    seconds = optimise(trained, fit, loss_of, "finetune", report, ema, shaped, state, stop, record)
+    return averaged(model, ema), seconds

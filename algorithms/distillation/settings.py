@@ -221,6 +221,12 @@ class Distill:
     match: bool = True
     dmd: DMD = field(default_factory=DMD)
 
+    def steps(self, updates: int) -> dict[str, int]:
+        """Optimizer steps of each stage that runs, in their order; those of distribution matching are the critics'."""
+        warmup = {name: getattr(self, name).steps for name in ("teacher_forcing", "own_history", "ode", "consistency")}
+        matching = updates * self.dmd.generator_every if self.match else 0
+        return {name: steps for name, steps in {**warmup, "dmd": matching}.items() if steps}
+
     def __post_init__(self) -> None:
         for name in ("teacher_forcing", "own_history", "ode", "consistency", "dmd"):
             _check_pool(f"stage.{name}", getattr(self, name).batch, self.pool)

@@ -173,7 +173,7 @@ class Chain:
         else:
             model = self._load(start)
         negative = self._text().encode([how.stage.negative_prompt])
-        trained = finetune(pools, how.stage, model, negative, how.updates, how.seed, self.report, to / STATE)
+        trained, _ = finetune(pools, how.stage, model, negative, how.updates, how.seed, self.report, to / STATE)
         save(trained, to / name)
 
     def _study(self, start: str, name: str, how: Studying, to: Path) -> None:

@@ -44,9 +44,21 @@ class Interrupted(Exception):
     """Training was asked to stop, and its state is kept."""
 
 
+# Takes the number of steps done and what is to be logged of the last one.
+Record = Callable[[int, dict[str, float]], None]
+
+
 def never() -> bool:
     """Nobody asks to stop."""
     return False
+
+
+def unread(line: str) -> None:
+    """Nobody reads lines of progress."""
+
+
+def unrecorded(step: int, metrics: dict[str, float]) -> None:
+    """Nobody keeps metrics."""
 
 
 def optimizers(weights: list[nn.Parameter], matrices: Iterable[nn.Parameter], fit: Fit) -> list[Optimizer]:
@@ -90,8 +102,8 @@ def optimise(
     matrices: Iterable[nn.Parameter] = (),
     state: Path | None = None,
     stop: Callable[[], bool] = never,
-    record: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
-) -> None:
+    record: Record = unrecorded,
+) -> float:
     """Minimise `loss_of(step)`; report every 100 steps.
 
     Args:
@@ -101,23 +113,29 @@ def optimise(
         matrices: those of the parameters that Muon updates; the others are AdamW's.
         state: file that is written every `EVERY` steps; where it exists, training goes on from it.
         stop: asked before every step; where it says so the state is kept, and `Interrupted` raised.
-        record: takes the number of steps done and their last one's metrics: loss, norm of its gradient before
-            clipping, and what `loss_of` reports.
+        record: takes every step's metrics: loss, norm of its gradient before clipping, learning rate, what `loss_of`
+            reports, and seconds.
+
+    Returns:
+        Seconds of training, over all parts of an interrupted run.
     """
     import torch
 
     weights = list(parameters)
     steppers = optimizers(weights, matrices, fit)
-    begin = restore(state, weights, steppers, ema)
-    started = time.perf_counter()
+    begin, spent = restore(state, weights, steppers, ema)
+    started = time.perf_counter() - spent
     for step in range(begin, fit.steps):
         if stop():
             if state is not None and step > begin:
-                keep(state, step, weights, steppers, ema)
+                keep(state, step, weights, steppers, ema, time.perf_counter() - started)
             raise Interrupted(f"{name}: stopped before step {step}")
+        rate, watch = learning_rate(fit, step), Stopwatch()
         for group in (group for optimizer in steppers for group in optimizer.param_groups):
-            group["lr"] = learning_rate(fit, step)
+            group["lr"] = rate
         loss, extra = loss_of(step)
+        value = float(loss.detach())  # a GPU has computed the loss, not just been asked to, before its seconds are read
+        watch.lap("loss")
         loss.backward()
         norm = float(torch.nn.utils.clip_grad_norm_(weights, fit.clip))
         if not math.isfinite(norm):
@@ -127,20 +145,43 @@ def optimise(
             optimizer.zero_grad()
         if ema is not None:
             ema.update()
-        record(step + 1, {"loss": float(loss.detach()), "grad_norm": norm, **extra})
+        watch.lap("update")
+        record(step + 1, {"loss": value, "grad_norm": norm, "lr": rate, **extra, **watch.laps})
         if step % 100 == 0 or step == fit.steps - 1:
-            values = " ".join(f"{k} {v:.4f}" for k, v in {"loss": loss.item(), **extra}.items())
+            values = " ".join(f"{k} {v:.4f}" for k, v in {"loss": value, **extra}.items())
             report(f"{name} {step}/{fit.steps} {values} {time.perf_counter() - started:.0f}s")
         if state is not None and (step + 1) % EVERY == 0:
-            keep(state, step + 1, weights, steppers, ema)
+            keep(state, step + 1, weights, steppers, ema, time.perf_counter() - started)
+    return time.perf_counter() - started
 
 
-def keep(state: Path, step: int, weights: list[nn.Parameter], steppers: list[Optimizer], ema: EMA | None) -> None:
-    """Write everything that training goes on from, whole or not at all."""
+class Stopwatch:
+    """Seconds of the phases of a step, as they are logged: `seconds/<phase>`."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._since = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        """A phase ends, and the next begins."""
+        now = time.perf_counter()
+        self.laps[f"seconds/{phase}"], self._since = now - self._since, now
+
+
+def keep(
+    state: Path,
+    step: int,
+    weights: list[nn.Parameter],
+    steppers: list[Optimizer],
+    ema: EMA | None,
+    seconds: float,
+) -> None:
+    """Write everything that training goes on from, whole or not at all; `seconds` is how long it has taken so far."""
     import torch
 
     content = {
         "step": step,
+        "seconds": seconds,
         "weights": [p.detach() for p in weights],
         "optimizers": [optimizer.state_dict() for optimizer in steppers],
         "ema": ema.state_dict() if ema is not None else None,
@@ -149,12 +190,14 @@ def keep(state: Path, step: int, weights: list[nn.Parameter], steppers: list[Opt
     state.with_suffix(".new").replace(state)
 
 
-def restore(state: Path | None, weights: list[nn.Parameter], steppers: list[Optimizer], ema: EMA | None) -> int:
-    """Put back what `keep` wrote; return the step to go on with."""
+def restore(
+    state: Path | None, weights: list[nn.Parameter], steppers: list[Optimizer], ema: EMA | None
+) -> tuple[int, float]:
+    """Put back what `keep` wrote; return the step to go on with, and the seconds that those before it took."""
     import torch
 
     if state is None or not state.is_file():
-        return 0
+        return 0, 0.0
     content = torch.load(state, weights_only=True, map_location="cpu")
     with torch.no_grad():
         for weight, kept in zip(weights, content["weights"], strict=True):
@@ -163,4 +206,4 @@ def restore(state: Path | None, weights: list[nn.Parameter], steppers: list[Opti
         optimizer.load_state_dict(kept)
     if ema is not None:
         ema.load_state_dict(content["ema"])
-    return int(content["step"])
+    return int(content["step"]), float(content.get("seconds", 0.0))  # older states do not say

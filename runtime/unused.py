@@ -1,0 +1,72 @@
+"""What training without rollouts does not read, and whether somebody has set it all the same."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import OmegaConf
+
+from runtime.identity import flatten
+from runtime.schema import TARGET
+
+if TYPE_CHECKING:
+    from runtime.settings import Settings
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+GROUPS = ("optimizer", "scoring", "saving", "alarms", "guard")
+CHOICES = ("algorithm", "schedule", "transition")
+KEYS = ("rollout.prompts", "rollout.group_size", "rollout.history_gradient", "evaluation.every")
+# What offline DPO does read: it has an algorithm, which other rules look at, and re-scores with a history.
+PAIRS = ("algorithm.", "optimizer.", "rollout.history_gradient")
+# Values that ask for nothing.
+OFF = {"evaluation.every": 0, "algorithm.kl_weight": 0.0}
+# What is set in place of a key: a setting of the stage, or of its distribution matching.
+INSTEAD = {
+    "optimizer.lr": "lr",
+    "optimizer.betas": "betas",
+    "optimizer.grad_clip": "clip",
+    "optimizer.ema": "ema",
+    "rollout.prompts": "batch",
+    "rollout.group_size": "batch",
+}
+
+
+@cache
+def defaults() -> dict[str, Any]:
+    """What is not read, by dotted key, with the values of `conf/config.yaml` and of the choices that it names."""
+    base = _plain(CONF / "config.yaml")
+    names = {group: name for entry in base["defaults"] if isinstance(entry, dict) for group, name in entry.items()}
+    chosen = {group: _plain(CONF / group / f"{names[group]}.yaml") for group in CHOICES}
+    flat = flatten({group: base[group] for group in GROUPS} | chosen)
+    return flat | {key: value for key, value in flatten(base).items() if key in KEYS}
+
+
+def changed(settings: Settings) -> list[str]:
+    """Settings, as `key=value`, that differ from their defaults and have no effect without rollouts."""
+    pairs, found = hasattr(settings.stage, "criterion"), []
+    for key, default in defaults().items():
+        group, _, leaf = key.partition(".")
+        if pairs and key.startswith(PAIRS) and key != "optimizer.ema":
+            continue
+        part = getattr(settings, group)
+        if leaf == TARGET:
+            own = f"{type(part).__module__}.{type(part).__qualname__}"
+            found += [f"{group}={type(part).__name__}"] if own != default else []
+        elif (value := getattr(part, leaf, default)) not in (default, OFF.get(key, default)):
+            found.append(f"{key}={value}")
+    return found
+
+
+def instead(key: str, stage: Any) -> str:
+    """What to do about a key of `changed`."""
+    name = INSTEAD.get(key, "-")
+    for owner, part in (("stage", stage), ("stage.dmd", getattr(stage, "dmd", stage))):
+        if hasattr(part, name):
+            return f"set {owner}.{name} in its place"
+    return "take it out"
+
+
+def _plain(path: Path) -> dict[str, Any]:
+    return dict(OmegaConf.to_container(OmegaConf.load(path)))  # type: ignore[arg-type]
