@@ -307,7 +307,7 @@ def soak(
     rng, faults, flags = random.Random(seed), Counter[str](), {k: folder / f"{k}.flag" for k in ("outage", "disk")}
     outage = ["reward.aesthetic._target_=tests.faulty.OutAtTimes", f"+reward.aesthetic.outage={flags['outage']}"]
     options = [*RUN, *outage, "scoring.on_failure=stop", "updates=1000000", "evaluation.every=0", "saving.every=3"]
-    (quiet,) = begin(1, _hashed, model, folder / "quiet", None, 0.2, *options)
+    (quiet,) = begin(1, _hashed, model, folder / "quiet", None, 0.5, *options)
     ends = time.monotonic() + seconds
     process: Any = None
     expected: int | None = 0
@@ -315,7 +315,7 @@ def soak(
         if process is None or not process.is_alive():
             assert process is None or process.exitcode == expected, (process.exitcode, expected)
             faults["starts"] += 1
-            (process,) = begin(1, _hashed, model, folder / "run", flags["disk"], 0.1, *options, "resume=true")
+            (process,) = begin(1, _hashed, model, folder / "run", flags["disk"], 0.3, *options, "resume=true")
         fault = rng.choice(["kill", "terminate", "outage", "disk"])
         _wait(min(every, ends - time.monotonic()), process)
         assert process.is_alive(), process.exitcode
