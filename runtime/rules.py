@@ -239,11 +239,11 @@ def preferences(settings: Settings) -> None:
     require(
         hasattr(algorithm, "beta"), f"stage=pairs is DPO, not {_name(algorithm)}; use algorithm=dpo, or no stage=pairs"
     )
-    for field in dataclasses.fields(algorithm):
-        value = getattr(algorithm, field.name)
+    for name, default in unused.choice("algorithm", "dpo").items():
+        value = getattr(algorithm, name, default)
         require(
-            field.name == "beta" or value == field.default,
-            f"algorithm.{field.name}={value} has no effect with stage=pairs, which learns from clips and not from "
+            name == "beta" or value == default,
+            f"algorithm.{name}={value} has no effect with stage=pairs, which learns from clips and not from "
             f"rollouts; take it out",
         )
     read_pairs(Path(stage.file).expanduser(), stage.criterion)

@@ -38,7 +38,7 @@ def defaults() -> dict[str, Any]:
     """What is not read, by dotted key, with the values of `conf/config.yaml` and of the choices that it names."""
     base = _plain(CONF / "config.yaml")
     names = {group: name for entry in base["defaults"] if isinstance(entry, dict) for group, name in entry.items()}
-    chosen = {group: _plain(CONF / group / f"{names[group]}.yaml") for group in CHOICES}
+    chosen = {group: choice(group, names[group]) for group in CHOICES}
     flat = flatten({group: base[group] for group in GROUPS} | chosen)
     return flat | {key: value for key, value in flatten(base).items() if key in KEYS}
 
@@ -66,6 +66,11 @@ def instead(key: str, stage: Any) -> str:
         if hasattr(part, name):
             return f"set {owner}.{name} in its place"
     return "take it out"
+
+
+def choice(group: str, name: str) -> dict[str, Any]:
+    """What `conf/<group>/<name>.yaml` holds."""
+    return _plain(CONF / group / f"{name}.yaml")
 
 
 def _plain(path: Path) -> dict[str, Any]:
