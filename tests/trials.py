@@ -305,9 +305,11 @@ def soak(
     """A run with a random fault every so often, beside a quiet one: each update's weights must be the quiet one's."""
     folder.mkdir(parents=True, exist_ok=True)
     rng, faults, flags = random.Random(seed), Counter[str](), {k: folder / f"{k}.flag" for k in ("outage", "disk")}
-    outage = ["reward.aesthetic._target_=tests.faulty.OutAtTimes", f"+reward.aesthetic.outage={flags['outage']}"]
-    options = [*RUN, *outage, "scoring.on_failure=stop", "updates=1000000", "evaluation.every=0", "saving.every=3"]
-    (quiet,) = begin(1, _hashed, model, folder / "quiet", None, 0.5, *options)
+    outage = ["reward.aesthetic._target_=tests.faulty.OutAtTimes", "scoring.on_failure=stop"]
+    options = [*RUN, *outage, "updates=1000000", "evaluation.every=0", "saving.every=3"]
+    where = "+reward.aesthetic.outage={}"  # the quiet run looks for a file that never comes
+    (quiet,) = begin(1, _hashed, model, folder / "quiet", None, 0.5, *options, where.format(folder / "never"))
+    options = [*options, where.format(flags["outage"])]
     ends = time.monotonic() + seconds
     process: Any = None
     expected: int | None = 0
@@ -331,6 +333,7 @@ def soak(
             flags[fault].touch()
             _wait(5, process)
             flags[fault].unlink()
+    assert quiet.is_alive()
     _stopped(process)
     _stopped(quiet)
     rows = [
