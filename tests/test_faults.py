@@ -125,9 +125,20 @@ def test_draws_and_clips_do_not_depend_on_the_number_of_processes(model: Path, t
         assert torch.equal(torch.cat([state[key] for state, _ in parts]), whole[key])
 
 
-def test_an_optimizer_of_deepspeed_comes_back_exactly(model: Path, tmp_path: Path) -> None:
+def test_deepspeed_computes_in_bf16_what_the_plain_engine_does(model: Path, tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
-    options = [*trials.RUN, "engine=deepspeed_z2"]
+    options = [*trials.RUN, "updates=1", "engine.precision=bf16"]
+    together(1, train, model, tmp_path / "plain", *options)
+    together(2, train, model, tmp_path / "zero", *options, "engine=deepspeed_z2")
+    assert trials.distance(tmp_path / "zero", tmp_path / "plain", 1) < 1e-5
+    saved = checkpoint.load(tmp_path / "zero" / "checkpoints" / "step_000001").tensors["weights"]
+    assert all(weight.dtype == torch.float32 for weight in saved.values())
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_an_optimizer_of_deepspeed_comes_back_exactly(model: Path, tmp_path: Path, stage: int) -> None:
+    pytest.importorskip("deepspeed")
+    options = [*trials.RUN, f"engine=deepspeed_z{stage}"]
     together(2, train, model, tmp_path / "whole", *options, "updates=2")
     together(2, train, model, tmp_path / "parts", *options, "updates=1")
     together(2, train, model, tmp_path / "parts", *options, "updates=2", "resume=true")
