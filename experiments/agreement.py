@@ -2,11 +2,12 @@
 
 Rolls out and scores `updates` times at fixed weights, each time other clips, and compares gradients of single groups of
 samples. What two groups of one prompt agree on is the policy gradient of that prompt, the rest is noise of sampling:
-their mean cosine is the share of signal `within` a prompt. What groups of two prompts agree on (`across`) is the part
-that helps other clips too. It tells within minutes what a reward, an advantage, a schedule or a choice of layers can
-teach this policy. Done for groups of 4, 8, ... samples, up to half of `rollout.group_size`; the result is
-`<run_dir>/agreement.json`. Among it are the same shares of `REPLICATES` resamples of the prompts, the same resamples in
-every run of as many prompts, so that two runs can be compared pair by pair.
+their mean cosine is the share of signal `within` a prompt. The two come from the two halves of its samples, which
+differ in all that a group shares when it acts: which steps are stochastic, initial noise. What groups of two prompts
+agree on (`across`) is the part that helps other clips too. It tells within minutes what a reward, an advantage, a
+schedule or a choice of layers can teach this policy. Done for groups of 4, 8, ... samples, up to half of
+`rollout.group_size`; the result is `<run_dir>/agreement.json`. Among it are the same shares of `REPLICATES` resamples
+of the prompts, the same resamples in every run of as many prompts, so that two runs can be compared pair by pair.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from runtime.cli import main, setup_phase
 from runtime.config import Plan
 
 if TYPE_CHECKING:
-    from tensordict import TensorDictBase
+    from tensordict import TensorDict, TensorDictBase
     from torch import Tensor
 
+    from data.clip import ClipBatch
+    from runtime.episodes import Episodes
     from runtime.session import Session
 
 SMALLEST, REPLICATES = 4, 200
@@ -35,25 +38,26 @@ def agreement(gradients: Tensor) -> dict[str, dict[str, Any]]:
     Each coordinate is divided by its root mean square first, as Adam does.
 
     Args:
-        gradients: `[n, k, D]` of k groups, 2 or more, of n prompts, 2 or more.
+        gradients: `[n, k, D]` of k groups, an even number, of n prompts, 2 or more.
 
     Returns:
-        For pairs of groups `within` a prompt and `across` prompts: `share`, its jackknife standard error over prompts
-        `error`, and `replicates`: shares of resampled prompts.
+        For pairs of groups, of the two halves of a prompt's (`within`) and of two prompts (`across`): `share`, its
+        jackknife standard error over prompts `error`, and `replicates`: shares of resampled prompts.
     """
     import numpy as np
     import torch
 
     n, k, _ = gradients.shape
     scale = gradients.square().mean((0, 1)).sqrt()
-    total, energy = torch.zeros(n, n).double(), torch.zeros(n).double()
+    total, own, energy = torch.zeros(n, n).double(), torch.zeros(n).double(), torch.zeros(n).double()
     for part, unit in zip(gradients.split(1 << 14, 2), scale.split(1 << 14), strict=True):  # never all in float64
         scaled = (part[..., unit > 0] / unit[unit > 0]).double()
-        sums = scaled.sum(1)
+        first, second = (half.sum(1) for half in scaled.split(k // 2, 1))
+        sums = first + second
         total = total + sums @ sums.T
+        own = own + (first * second).sum(1)
         energy = energy + scaled.square().sum((1, 2))
-    own = (total.diagonal() - energy) / (k * (k - 1))
-    norm, inner = (energy / k).numpy(), own.numpy()
+    norm, inner = (energy / k).numpy(), (own / (k // 2) ** 2).numpy()
     cross = (total / k**2).fill_diagonal_(0.0).numpy()  # a prompt drawn twice is no pair of prompts
 
     def shares(times: Any) -> dict[str, float]:
@@ -112,6 +116,19 @@ def _gradient(session: Session, batch: TensorDictBase) -> Tensor:
     return torch.cat([torch.zeros(p.numel()) if g is None else g.flatten().cpu() for p, g in pairs])
 
 
+def _halved(episodes: Episodes) -> Episodes:
+    """Episodes whose prompts are each begun twice, with half of the samples: two draws of whatever a group shares."""
+    from runtime.episodes import Episodes
+
+    class Halved(Episodes):
+        def begin(
+            self, clips: ClipBatch, group_size: int, seed: int, iteration: int, first_prompt: int = 0
+        ) -> tuple[TensorDict, ClipBatch]:
+            return super().begin(clips.repeat(2), group_size // 2, seed, iteration, first_prompt)
+
+    return Halved(**vars(episodes))
+
+
 def measure(session: Session, rollouts: int) -> dict[str, Any]:
     """Signal by group size, spread of returns, quality of the rollouts and seconds per sample, at fixed weights."""
     import torch
@@ -119,6 +136,7 @@ def measure(session: Session, rollouts: int) -> dict[str, Any]:
 
     r = session.settings.rollout
     sizes = group_sizes(r.group_size)
+    session.episodes = _halved(session.episodes)
     found: dict[int, list[Tensor]] = {size: [] for size in sizes}
     rows, seconds = [], {"rollout": 0.0, "update": 0.0}
     for i in track(range(rollouts), "rollouts"):
@@ -160,9 +178,9 @@ def run(plan: Plan) -> None:
         samples = settings.rollout.group_size
         if rollouts * settings.rollout.prompts < 3:
             raise ValueError(f"updates={rollouts}: gradients of at least 3 prompts are compared; try updates=16")
-        if samples < 4 or any(samples % size for size in group_sizes(samples)):
+        if samples < 4 or any(samples % (2 * size) for size in group_sizes(samples)):
             raise ValueError(
-                f"rollout.group_size={samples} does not make two or more groups of {group_sizes(samples)}; try 16 or 64"
+                f"rollout.group_size={samples}: its halves are not groups of {group_sizes(samples)}; try 16 or 64"
             )
         session = Session(settings, plan.config)
     found = measure(session, rollouts)

@@ -45,7 +45,7 @@ SCHEDULES = {
     "window": ("schedule=window", "schedule.interval=1"),  # it slides at every rollout, so all positions count
     "all": ("schedule=all",),
 }
-PROMPTS, SAMPLES = 4, 64  # of a rollout, so groups of 4 to 32 are compared
+PROMPTS, SAMPLES = 3, 64  # of a rollout, so groups of 4 to 32 are compared
 KIND = "within"  # pairs of groups of one prompt: the policy gradient of that prompt against the noise of sampling
 TITLE = "Schedules of stochastic steps"
 ABOUT = """`python experiments/study.py schedules`: the embedded student under every schedule and two kernels (cps with
@@ -244,7 +244,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     kinds = parser.add_subparsers(dest="kind", required=True)
     fixed = kinds.add_parser("schedules", help="a fixed policy under every schedule")
-    fixed.add_argument("--rollouts", type=int, default=3, help=f"of {PROMPTS} prompts each")
+    fixed.add_argument("--rollouts", type=int, default=4, help=f"of {PROMPTS} prompts each")
     fixed.add_argument("--jobs", type=int, default=2, help="runs at a time, one CPU thread each")
     fixed.add_argument("--out", type=Path, default=Path("outputs/study"))
     fixed.add_argument("--name", default="study_schedules")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tensordict import TensorDictBase
 
-from experiments.agreement import agreement, gradients, group_sizes, measure, run
+from experiments.agreement import _halved, agreement, gradients, group_sizes, measure, run
 from runtime.session import Session
 from tests.test_training import plan
 
@@ -67,6 +67,19 @@ def test_gradients_are_those_of_updates_of_single_groups(model: Path, tmp_path: 
     measured = measure(session, 2)
     assert all(torch.equal(a, b) for a, b in zip(before, session.parameters, strict=True)), "the weights stay"
     assert measured["prompts"] == 6 and list(measured["signal"]) == ["2"] and measured["metrics"]["return_std"] > 0
+
+
+def test_the_halves_of_a_prompt_share_the_clip_alone(model: Path, tmp_path: Path) -> None:
+    options = ["rollout.prompts=6", "rollout.group_size=4", "schedule=single", "reward=aesthetic"]
+    made = plan(model, tmp_path, *options)
+    session = Session(made.settings, made.config)
+    session.episodes = _halved(session.episodes)
+    state, clips = session.episodes.training(0, 0)
+    assert len(state) == len(clips) == 24 and clips.names[0] == clips.names[3] != clips.names[4]
+    for key in ("stochastic", "latents"):
+        halves = state[key].unflatten(0, (6, 2, 2)).flatten(3).float()
+        assert torch.equal(halves[:, :, 0], halves[:, :, 1]), "a group shares its draws"
+        assert not torch.equal(halves[:, 0], halves[:, 1]), "the other half has its own"
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "ppo", "nft", "dpo"])
