@@ -69,7 +69,8 @@ class DPO(Compared):
         rollout["role"] = role
         rollout["group_size"] = torch.full((len(role),), group_size, device=role.device)
         rollout["mask"] = rollout["stochastic"] & role.ne(0).any(-1, keepdim=True)
-        return {**metrics, "pairs": float(role.clamp(min=0).sum())}
+        counted = role[:, :1] if self.credit == "clip" else role  # a pair of clips is the same in all frames
+        return {**metrics, "pairs": float(counted.clamp(min=0).sum())}
 
     def sizes(self, batch: TensorDictBase) -> dict[str, float]:
         """The objective is a mean over pairs."""

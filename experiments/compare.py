@@ -12,7 +12,6 @@ Interrupt it at will: it goes on where it stopped.
 from __future__ import annotations
 
 import json
-import statistics
 from pathlib import Path
 
 from experiments import result_pages
@@ -71,7 +70,7 @@ def table(rows: list[Row]) -> str:
     for arm, members in arms_of(rows).items():
         values = [spread([m["after"][key] for m in members]) for key in METRICS]
         moved = [m["probes"]["kl"]["after"]["kl_to_start"] for m in members if m["probes"]]
-        values.append(f"{statistics.mean(moved):.4f}" if moved else "")
+        values.append(spread(moved, "kl_to_start") if moved else "")
         change = [100 * (m["after"]["motion_error_px"] / student["motion_error_px"] - 1) for m in members]
         values.append("[{:+.1f}, {:+.1f}] %".format(*interval(change)) if len(change) > 1 else "")
         lines.append([arm, str(len(members)), *values, mean_seconds(members)])

@@ -5,6 +5,7 @@ Command, seeds, hardware, table with spread, curve, and the meaning of everythin
 
 from __future__ import annotations
 
+import math
 import re
 from fnmatch import fnmatch
 from pathlib import Path
@@ -26,17 +27,27 @@ def page(title: str, about: str, rows: list[Row], table: str, figure: str) -> st
         table: Markdown.
         figure: file name of the figure, beside the page.
     """
-    hardware, days = sorted({row["processor"] for row in rows}), sorted({row["date"] for row in rows})
-    made = f"One core of {' or '.join(hardware)} for each run; {' and '.join(days)}."
-    return f"# {title}\n\n{about} {made}\n\n{table}\n![{title}]({figure})\n"
+    hardware, days = made(rows)
+    where = f"One core of {hardware} for each run; {days}. Seconds pass on the wall, whatever else the machine does."
+    return f"# {title}\n\n{about} {where}\n\n{table}\n![{title}]({figure})\n"
+
+
+def made(rows: list[Row]) -> tuple[str, str]:
+    """Processors and days of cells, as text."""
+    return tuple(" and ".join(sorted({row[key] for row in rows})) for key in ("processor", "date"))  # type: ignore
 
 
 def logged(folder: Path) -> dict[str, list[float]]:
     """Means of every number that a run logged, over its first and over its last updates."""
     rows = [row for row in read(folder) if "seconds/rest" in row]
     ends = (rows[:AVERAGED], rows[-AVERAGED:])
-    names = [name for name in rows[-1] if name != "step"]
-    return {name: [sum(row.get(name, 0.0) for row in part) / len(part) for part in ends] for name in names}
+    names = dict.fromkeys(name for row in rows for name in row if name != "step")
+    return {name: [mean([row[name] for row in part if name in row]) for part in ends] for name in names}
+
+
+def mean(values: list[float]) -> float:
+    """Mean of what was measured; not a number where nothing was."""
+    return sum(values) / len(values) if values else math.nan
 
 
 def meanings() -> dict[str, str]:
@@ -67,13 +78,13 @@ def write(algorithm: str, members: list[Row], metrics: dict[str, str]) -> None:
         metrics: what was measured on held-out clips, and its heading.
     """
     about = (ROOT / "conf" / "algorithm" / f"{algorithm}.yaml").read_text().splitlines()[0].removeprefix("# ")
-    first = members[0]
+    first, hardware, days = members[0], *made(members)
     text = f"""# {algorithm}
 
 {about} Loss and settings: [docs/algorithms.md](../algorithms.md).
 Made by `make compare`; all algorithms side by side: [compare.md](compare.md).
 
-Hardware: one core of {first["processor"]}; {first["date"]}. Seconds pass on the wall, whatever else the machine does.
+Hardware: one core of {hardware}; {days}. Seconds pass on the wall, whatever else the machine does.
 Command of seed {first["seed"]}, then its measurement of the KL:
 
 ```bash
@@ -108,10 +119,11 @@ def measured(members: list[Row], metrics: dict[str, str]) -> str:
 def explained(members: list[Row]) -> str:
     """Markdown: what all runs logged, mean over seeds at the start and at the end, and what it means."""
     known, lines = meanings(), []
-    for name in members[0]["logged"]:
-        if all(name in row["logged"] for row in members):
-            ends = [sum(row["logged"][name][k] for row in members) / len(members) for k in (0, 1)]
-            lines.append([f"`{name}`", *(f"{value:.4g}" for value in ends), meaning(name, known)])
+    for name in dict.fromkeys(name for row in members for name in row["logged"]):
+        having = [row["logged"][name] for row in members if name in row["logged"]]
+        ends = [mean([pair[k] for pair in having if not math.isnan(pair[k])]) for k in (0, 1)]
+        seeds = f" ({len(having)} of {len(members)} seeds)" if len(having) < len(members) else ""
+        lines.append([f"`{name}`{seeds}", *(f"{value:.4g}" for value in ends), meaning(name, known)])
     return markdown(["name", "first", "last", "meaning"], lines)
 
 

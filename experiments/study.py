@@ -182,6 +182,10 @@ def curve(folder: Path) -> Row:
     if not (folder / "evaluation.json").is_file() or not (folder / "metrics.jsonl").is_file():
         raise FileNotFoundError(f"{folder} is not a finished run: no evaluation.json, or no metrics.jsonl")
     evaluation = json.loads((folder / "evaluation.json").read_text())
+    if "curve" not in evaluation:
+        raise FileNotFoundError(f"{folder} is not a run of the loop: its evaluation.json has no curve")
+    if not evaluation.get("complete", True):
+        raise FileNotFoundError(f"{folder} was stopped or failed after update {evaluation['curve'][-1]['update']}")
     config: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
     spent, seconds = {0: 0.0}, 0.0
     for row in read(folder):
@@ -263,14 +267,17 @@ def main() -> None:
         draw_schedules(rows, path)
         return
     folders = [run for folder in options.folders for run in runs_in(folder)]
-    try:
-        rows = named([curve(folder) for folder in folders]) if folders else []
-    except FileNotFoundError as error:
-        sys.exit(f"error: {error}")
-    if not rows:
-        sys.exit(f"error: no runs in {', '.join(map(str, options.folders))}")
+    found = []
+    for folder in folders:
+        try:
+            found.append(curve(folder))
+        except FileNotFoundError as error:
+            print(f"left out: {error}", file=sys.stderr)
+    if not found:
+        sys.exit(f"error: no finished runs in {', '.join(map(str, options.folders))}")
+    rows = named(found)
     write_rows(RESULTS / f"{options.name}.jsonl", [{k: v for k, v in row.items() if k != "config"} for row in rows])
-    publish(options.name, curve_table(rows))
+    publish(options.name, f"# Runs side by side\n\n{curve_table(rows)}\n![held-out motion error]({path.name})\n")
     draw_curves(rows, path)
 
 

@@ -38,7 +38,7 @@ Row = dict[str, Any]
 # What makes two results the same result.
 IDENTITY = ("command", "config", "weights")
 # Digits after the point where they are not 3: smoothness differs in the fourth.
-DIGITS = {"smoothness": 4}
+DIGITS = {"smoothness": 4, "kl_to_start": 4}
 BUSY = "† measured while the machine was busy with other work: an upper bound."
 # Held while a run that cells share is made, by its folder.
 _ALONE: dict[str, Lock] = defaultdict(Lock)
@@ -338,6 +338,9 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def mean_seconds(rows: Sequence[Row]) -> str:
-    """Mean seconds of training of an arm, as text; empty where nothing was trained."""
+    """Mean seconds of training of an arm, and their range, as text; empty where nothing was trained."""
     trained = [float(row["seconds"]) for row in rows if row["seconds"] is not None]
-    return f"{statistics.mean(trained):.0f}" if trained else ""
+    if not trained:
+        return ""
+    spanned = f" ({min(trained):.0f} to {max(trained):.0f})" if len(trained) > 1 else ""
+    return f"{statistics.mean(trained):.0f}{spanned}"

@@ -77,7 +77,13 @@ def curves(folder: Path, updates: int) -> dict[str, object]:
     folder.mkdir(parents=True, exist_ok=True)
     found: dict[str, object] = {}
     every = max(1, updates // 2)
-    options = [f"updates={updates}", f"evaluation.every={every}", "evaluation.clips=32", "logger=local"]
+    options = [
+        f"updates={updates}",
+        f"evaluation.every={every}",
+        "evaluation.clips=32",
+        "logger=local",
+        "engine.threads=1",
+    ]
     for name, (launcher, engine) in ENGINES.items():
         run_dir, log = folder / name.replace(" ", "_"), folder / f"{name}.log"
         process = _start(launcher, log, f"engine={engine}", f"run_dir={run_dir}", *options)

@@ -273,7 +273,11 @@ def test_the_comparison_of_algorithms(tmp_path: Path) -> None:
     rows += [row("grpo", s, e) | {"curve": points, "probes": moved} for s, e in enumerate((2.0, 3.0))]
     lines = compare.table(rows).splitlines()
     assert len({line.count("|") for line in lines}) == 1
-    assert "| grpo | 2 | 2.500 ± 0.707 |" in lines[3] and "| 0.0100 |" in lines[3] and "% | 60 |" in lines[3]
+    assert (
+        "| grpo | 2 | 2.500 ± 0.707 |" in lines[3]
+        and "| 0.0100 ± 0.0000 |" in lines[3]
+        and "% | 60 (60 to 60) |" in lines[3]
+    )
     compare.draw(rows, tmp_path / "curve.png")
     assert (tmp_path / "curve.png").stat().st_size > 5000
 

@@ -175,7 +175,7 @@ def test_dpo_by_hand(credit: str) -> None:
     else:  # frame 0 prefers sample 1 (0.2 - 0.2), frame 1 sample 0 (0.2 + 0.4)
         expected = (math.log(2) + math.log(1 + math.exp(-2 * 0.6))) / 2
         assert losses["objective"].item() == pytest.approx(expected)
-    assert metrics["pairs"] == 2
+    assert metrics["pairs"] == (1 if credit == "clip" else 2)
 
 
 def test_a_clip_is_one_decision_for_all_its_frames_and_a_frame_without_a_draw_is_none() -> None:

@@ -52,7 +52,9 @@ def test_no_signal_needs_no_end_of_samples() -> None:
     assert study.times(row("cps_all", -0.01), row("cps_single", 0.01), "8") == "inf [inf, inf] x"
 
 
-def test_curves_of_finished_runs(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_curves_of_finished_runs(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     for number, schedule in enumerate(("single", "all")):
         options = [f"schedule={schedule}", "updates=2", "evaluation.every=1"]
         run(plan(model, tmp_path / "sweep" / str(number), *options))
@@ -68,6 +70,12 @@ def test_curves_of_finished_runs(model: Path, tmp_path: Path, monkeypatch: pytes
     assert (tmp_path / "results" / "x.png").stat().st_size > 5000
     assert len((tmp_path / "results" / "x.jsonl").read_text().splitlines()) == 2
     assert json.loads((tmp_path / "results" / "x.jsonl").read_text().splitlines()[0])["points"] == points
+    capsys.readouterr()
+    stopped = json.loads((tmp_path / "sweep" / "1" / "evaluation.json").read_text()) | {"complete": False}
+    (tmp_path / "sweep" / "1" / "evaluation.json").write_text(json.dumps(stopped))
+    study.main()
+    assert len((tmp_path / "results" / "x.jsonl").read_text().splitlines()) == 1
+    assert "left out" in (said := capsys.readouterr().err) and "stopped or failed after update 2" in said
     monkeypatch.setattr("sys.argv", ["study.py", "curves", str(tmp_path / "results")])
-    with pytest.raises(SystemExit, match="error: no runs in"):
+    with pytest.raises(SystemExit, match="error: no finished runs in"):
         study.main()
