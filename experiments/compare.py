@@ -3,7 +3,7 @@
 Every algorithm from the same student, with the same number of generated frames and of optimizer steps, for every seed;
 all are measured on the same held-out clips and noise, with the last weights, by a tracker and a vision tower that took
 no part in the reward. Each rollout is used for two optimizer steps: at the first every ratio is 1, at the second
-clipping and the normalisation of ratios act.
+clipping and the normalisation of ratios may act.
 The result is `docs/results/compare.jsonl` (one line per cell), `compare.md` (the table) and
 `compare.png` (held-out motion error against updates), and a page per algorithm.
 Interrupt it at will: it goes on where it stopped.
