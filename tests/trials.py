@@ -400,7 +400,8 @@ ENGINES = {
 
 def engines(model: Path, folder: Path, updates: int, *overrides: str) -> dict[str, float]:
     """The same run under every engine: distance of the weights from the plain one's, relative to their norm."""
-    options = ["reward=aesthetic", "rollout.prompts=4", "rollout.group_size=4", f"updates={updates}", *overrides]
+    sizes = ["rollout.prompts=4", "rollout.group_size=4", "algorithm.minibatches=1"]  # an update is one optimizer step
+    options = ["reward=aesthetic", *sizes, f"updates={updates}", *overrides]
     found, steps = {}, sorted({1, updates})
     for name, (ranks, *engine) in ENGINES.items():
         keep = ["saving.every=1", f"saving.keep={updates}"]
