@@ -70,7 +70,7 @@ def precision(settings: Settings) -> None:
     kept = getattr(settings.model, "precision", "float32") != "bfloat16" or settings.adaptation.kind == "lora"
     require(
         kept,
-        "model.precision=bfloat16 rounds most of an update of these weights away; use adaptation=lora, or "
+        "model.precision=bfloat16 rounds most of an update away; use adaptation=lora, or "
         "model.precision=float32 engine.precision=bf16",
     )
 
