@@ -99,10 +99,8 @@ def acted(session: Session, bundle: Bundle) -> tuple[list[str], str]:
         return [], "acting again: every latent is finite"
     gap = (old - again).abs().nan_to_num(torch.inf).max()
     same = torch.equal(old, again)
-    return (
-        [],
-        f"acting again: {'the same latents' if same else f'finite; differs from what was kept by {float(gap):.2e}'}",
-    )
+    what = "the same latents" if same else f"finite; differs from what was kept by {float(gap):.2e}"
+    return [], f"acting again: {what}"
 
 
 def _odd(value: Tensor) -> str:

@@ -140,10 +140,10 @@ def engines(settings: Settings) -> None:
     if settings.stage is not None:
         changed = [f for f in dataclasses.fields(engine) if getattr(engine, f.name) != f.default]
         shape = ("threads", "precision", "activation_checkpointing")  # what they do, they do to a network
-        unused = [f"engine.{f.name}={getattr(engine, f.name)}" for f in changed if f.name not in shape]
+        idle = [f"engine.{f.name}={getattr(engine, f.name)}" for f in changed if f.name not in shape]
         require(
-            not engine.distributed and processes == 1 and not unused,
-            f"this experiment runs in one process, with the plain engine alone; drop {', '.join(unused) or 'engine'}"
+            not engine.distributed and processes == 1 and not idle,
+            f"this experiment runs in one process, with the plain engine alone; drop {', '.join(idle) or 'engine'}"
             + (f", and start it without a launcher ({processes} processes)" if processes > 1 else ""),
         )
 

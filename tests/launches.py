@@ -11,9 +11,8 @@ import sys
 import time
 from pathlib import Path
 
-from runtime import checkpoint
 from tests.processes import SMALL
-from tests.trials import GRACE, RUN, distance
+from tests.trials import GRACE, RUN, distance, unsaved
 
 LAUNCHERS: dict[str, list[str]] = {
     "python": [],
@@ -41,11 +40,8 @@ def launched(model: Path, folder: Path, launcher: str, trials: int, seed: int = 
         process.wait(60)
         slowest = max(slowest, time.monotonic() - began)
         assert slowest < GRACE
-        rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-        logged = max((row["step"] for row in rows if "reward" in row), default=0)
-        step = max(checkpoint.complete_steps(run_dir), default=0)
-        assert 0 <= logged - step <= 1, f"{logged} updates logged, {step} saved: {log.read_text()[-2000:]}"
-        lost, saved = lost + logged - step, saved + (step > 0)
+        missing, step = unsaved(run_dir, log.read_text()[-2000:])
+        lost, saved = lost + missing, saved + (step > 0)
     return {"trials": trials, "updates_lost": lost, "saved_something": saved, "slowest_seconds": round(slowest, 2)}
 
 

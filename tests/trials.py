@@ -191,13 +191,24 @@ def terminations(
         end(processes)
         slowest = max(slowest, time.monotonic() - began)
         assert slowest < GRACE
-        rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-        logged = max((row["step"] for row in rows if "reward" in row), default=0)
-        step = max(checkpoint.complete_steps(run_dir), default=0)
-        assert 0 <= logged - step <= 1, f"{logged} updates logged, {step} saved"
-        lost, saved = lost + logged - step, saved + (step > 0)
+        missing, step = unsaved(run_dir)
+        lost, saved = lost + missing, saved + (step > 0)
         shutil.rmtree(run_dir)
     return {"trials": trials, "updates_lost": lost, "saved_something": saved, "slowest_seconds": round(slowest, 2)}
+
+
+def unsaved(run_dir: Path, said: str = "") -> tuple[int, int]:
+    """Updates that a stopped run logged and did not save, one at most, and the last that it saved.
+
+    Args:
+        run_dir: its folder.
+        said: what it printed, shown where it lost more.
+    """
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    logged = max((row["step"] for row in rows if "reward" in row), default=0)
+    step = max(checkpoint.complete_steps(run_dir), default=0)
+    assert 0 <= logged - step <= 1, f"{logged} updates logged, {step} saved: {said}"
+    return logged - step, step
 
 
 def _compiling(model: Path, run_dir: Path, *overrides: str) -> None:
