@@ -18,8 +18,7 @@ from envs.transitions import CPS
 from policies.actor import Actor
 from policies.causality import Causality
 from runtime.session import Session
-from tests.test_algorithms import network, scored_rollout
-from tests.test_more_algorithms import random
+from tests.scored import network, random, scored_rollout
 from tests.test_training import plan
 
 

@@ -14,9 +14,8 @@ from algorithms.ppo import PPO
 from envs.transitions import CPS
 from policies.actor import Actor
 from policies.causality import Causality
-from tests.test_algorithms import network, scored_rollout
+from tests.scored import network, random, scored_rollout
 from tests.test_losses import MeanNormal
-from tests.test_more_algorithms import random
 
 
 class Rescored(nn.Module):

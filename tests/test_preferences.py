@@ -23,8 +23,8 @@ from runtime.config import CONF, Plan, validate
 from runtime.journal import Journal
 from runtime.session import Session
 from runtime.videos import write
+from tests.scored import network
 from tests.students import timeless
-from tests.test_algorithms import network
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "preferences" / "example.csv"
 
