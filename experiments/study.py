@@ -150,13 +150,14 @@ def draw_schedules(rows: list[Row], path: Path) -> None:
     """Plot signal against group size, one panel per kernel, with standard errors."""
     page, panels = figure(len(KERNELS), width=11, height=4.2, sharey=True)
     for axes, kernel in zip(panels, KERNELS, strict=True):
-        for row in (row for row in rows if kernel_of(row) == kernel):
+        for i, row in enumerate(row for row in rows if kernel_of(row) == kernel):
             sizes = [int(size) for size in row["signal"]]
+            beside = [size * 1.02 ** (i - len(SCHEDULES) / 2) for size in sizes]  # error bars next to each other
             shares, errors = (
                 [1000 * value[KIND][key] for value in row["signal"].values()] for key in ("share", "error")
             )
             name = row["arm"].removeprefix(kernel + "_").replace("_", " ")
-            axes.errorbar(sizes, shares, errors, marker="o", capsize=3, label=name)
+            axes.errorbar(beside, shares, errors, marker="o", capsize=3, label=name)
         axes.set(xscale="log", xlabel="samples of a group", title=kernel)
         axes.minorticks_off()
         axes.set_xticks(sizes, [str(size) for size in sizes], minor=False)
