@@ -156,7 +156,8 @@ def trackers(settings: Settings) -> None:
         f"one that evaluates must not be the one that "
         f"rewards: change one, such as tracker=ncc tracker@evaluation.tracker=lucas_kanade",
     )
-    for part in (settings.tracker, settings.evaluation.tracker, settings.evaluation.extractor):
+    judges = settings.evaluation
+    for part in (settings.tracker, judges.tracker, judges.extractor, judges.interpolator):
         if hasattr(part, "check"):  # needs a package or files
             part.check()
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import math
 import re
 import subprocess
 import sys
@@ -20,15 +19,14 @@ import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import ConfigCompositionException, HydraException
+from hydra.errors import HydraException
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from metrics.interpolators import Linear
 from runtime import explain, overrides, rules, schema
 from runtime.config import CONF, Plan, plain, validate
-from runtime.hydra_sum import parse_sum
 from runtime.identity import differences, flatten, identity
 from runtime.models import Pretrained
 from runtime.settings import Settings
@@ -49,7 +47,6 @@ REFUSED_ALONE = {
     ("model", "wan2.1_1.3b_t2v"): "rounds most of an update away",
 }
 PRIMARY = {"smoke_finetune": "finetune", "smoke_distill": "distill"}  # choices that are for one experiment
-REWARDS = sorted(p.stem for p in (CONF / "reward").glob("*.yaml"))
 
 fast = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 
@@ -112,76 +109,6 @@ def test_every_choice_composes_validates_builds_and_is_explained(group: str, cho
 @pytest.mark.parametrize("primary", PRIMARIES)
 def test_every_primary_validates(primary: str) -> None:
     assert isinstance(validate(compose(primary)).settings, Settings)
-
-
-# sums of rewards
-
-
-def weights(plan_or_cfg: Any) -> dict[str, float]:
-    return {name: term["weight"] for name, term in plan_or_cfg["reward"].items()}
-
-
-finite = st.floats(-1e6, 1e6).map(lambda x: round(x, 6))
-sums = st.lists(
-    st.tuples(st.sampled_from(REWARDS), st.none() | finite), min_size=1, max_size=3, unique_by=lambda t: t[0]
-)
-
-
-@settings(max_examples=12, deadline=None)
-@given(sums)
-def test_a_sum_is_its_terms_with_their_weights(terms: list[tuple[str, float | None]]) -> None:
-    text = "+".join(name if weight is None else f"{weight}*{name}" for name, weight in terms)
-    found = weights(plain(compose("train", [f"reward={text}"])))
-    own = {name: OmegaConf.load(CONF / "reward" / f"{name}.yaml").weight for name, _ in terms}
-    assert found == {name: own[name] if weight is None else weight for name, weight in terms}
-
-
-@given(st.text(st.sampled_from("abe_2+*. -nf1")) | st.text())
-def test_any_text_is_a_sum_or_refused_in_one_line(text: str) -> None:
-    try:
-        terms = parse_sum(text)
-    except ConfigCompositionException as error:
-        assert str(error).startswith("reward=") and "\n" not in str(error).replace(text, "")
-    else:
-        assert terms and all(w is None or math.isfinite(w) for w in terms.values())
-        again = "+".join(name if w is None else f"{w!r}*{name}" for name, w in terms.items())
-        assert parse_sum(again) == terms
-
-
-@pytest.mark.parametrize(
-    ("text", "why"),
-    [
-        ("motion+", "empty"),
-        ("+motion", "empty"),
-        ("motion+motion", "twice"),
-        ("motion+2*motion", "twice"),
-        ("nan*motion", "finite"),
-        ("inf*motion", "finite"),
-        ("x*motion", "finite"),
-        ("2**motion", "not the name"),
-        ("motion*2", "name"),
-    ],
-)
-def test_bad_sums_are_refused_with_a_reason(text: str, why: str) -> None:
-    with pytest.raises(ConfigCompositionException, match=why):
-        compose("train", [f"reward={text}"])
-
-
-def test_unknown_terms_list_the_known_ones() -> None:
-    with pytest.raises(ConfigCompositionException, match=r"(?s)Could not find 'reward/nosuch'.*" + ".*".join(REWARDS)):
-        compose("train", ["reward=motion+nosuch"])
-
-
-def test_a_later_override_beats_the_weight_of_a_sum_and_a_term_alone_is_the_plain_file() -> None:
-    assert (
-        weights(plain(compose("train", ["reward=motion+0.5*aesthetic", "reward.aesthetic.weight=3"])))["aesthetic"] == 3
-    )
-    alone, term = (plain(compose("train", [f"reward={r}"]))["reward"] for r in ("motion", "1.0*motion"))
-    assert alone == term and list(alone) == ["motion"]
-
-
-def test_exponents_keep_their_plus() -> None:
-    assert parse_sum("1e+3*motion+2.5e-1*a2e+b") == {"motion": 1000.0, "a2e": 0.25, "b": None}
 
 
 # nothing is changed silently
@@ -349,3 +276,13 @@ def test_learning_rate_falls_to_zero_after_the_last_update_and_that_is_part_of_a
 
 def replace_decay(decay: float) -> Any:
     return dataclasses.replace(checked("optimizer.lr=1e-3").settings.optimizer, decay=decay)
+
+
+def test_an_interpolator_that_lacks_its_file_is_refused_before_anything_loads() -> None:
+    class Absent(Linear):
+        def check(self) -> None:
+            raise FileNotFoundError("evaluation.interpolator.file: no file at weights.pt")
+
+    built = checked().settings
+    with pytest.raises(FileNotFoundError, match="no file at weights"):
+        rules.check(dataclasses.replace(built, evaluation=dataclasses.replace(built.evaluation, interpolator=Absent())))
