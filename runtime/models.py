@@ -16,6 +16,12 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def shipped(path: str) -> Path:
+    """A folder as it is named, or that of this name beside the code where there is none; absolute."""
+    here = Path(path).expanduser()
+    return (here if here.exists() else ROOT / here).resolve()
+
+
 @dataclass(frozen=True)
 class Pretrained:
     """A folder in diffusers' layout: `transformer/`, `vae/`, `text_encoder/`, `tokenizer/`, each a config
@@ -44,8 +50,7 @@ class Pretrained:
     @property
     def folder(self) -> Path:
         """The folder, absolute."""
-        here = Path(self.path).expanduser()
-        return (here if here.exists() else ROOT / here).resolve()
+        return shipped(self.path)
 
     @property
     def label(self) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from envs.control import MASK_CHANNELS, MODES, NOTE
-from runtime.models import ROOT
+from runtime.models import shipped
 from runtime.settings import require
 
 if TYPE_CHECKING:
@@ -139,8 +139,7 @@ class Wan:
     @property
     def folder(self) -> Path:
         """The folder of the small networks that rewards and evaluation use, absolute."""
-        here = Path(self.assets).expanduser()
-        return (here if here.exists() else ROOT / here).resolve()
+        return shipped(self.assets)
 
     @property
     def pixel_multiple(self) -> int:
@@ -170,9 +169,9 @@ class Wan:
         """
         if self.tiny_vae in (None, RANDOM):
             return None
-        for here in (Path(str(self.tiny_vae)).expanduser(), ROOT / str(self.tiny_vae)):
-            if here.is_file():
-                return here.resolve()
+        here = shipped(str(self.tiny_vae))
+        if here.is_file():
+            return here
         raise FileNotFoundError(
             f"model.tiny_vae={self.tiny_vae}: no such file; taew2_1.safetensors is what TAEHV publishes for Wan2.1"
         )
@@ -188,9 +187,9 @@ class Wan:
                 "model.path is not set; give a folder as diffusers writes it or a hub id such as "
                 f"{HUB[self.kind]}, or measure speed with model.random=true"
             )
-        for here in (Path(self.path).expanduser(), ROOT / self.path):
-            if here.is_dir():
-                return here.resolve()
+        here = shipped(self.path)
+        if here.is_dir():
+            return here
         if self.path.count("/") != 1 or self.path.startswith((".", "/", "~")):
             raise FileNotFoundError(f"model.path={self.path}: no such folder")
         from huggingface_hub import snapshot_download
