@@ -28,15 +28,15 @@ from runtime.cells import (
 )
 
 # What `tables.py` takes from here is trained as here.
-UPDATES, CLIPS = 120, 128
-# The last stage of algorithms/pretraining/chain.py, with steps that take about as long as 120 GRPO
+UPDATES, CLIPS = 200, 128
+# The last stage of algorithms/pretraining/chain.py, with steps that take about as long as 200 GRPO
 # updates (the table gives seconds). Most of the clips are new to the student.
 SUPERVISED = (
     "stage.from_teacher=false",
     "stage.eta=0",
     "stage.track_noise=4",
     "stage.teacher_forcing.steps=0",
-    "stage.own_history.steps=750",
+    "stage.own_history.steps=1250",
     "stage.own_history.lr=2e-3",
     "stage.own_history.ema=0.995",
     "stage.match=false",
