@@ -22,21 +22,31 @@ from policies.causality import Causality
 PROMPTS, GROUP = 2, 4
 
 
-def network() -> CausalWanTransformer3DModel:
-    torch.manual_seed(0)
+def network(
+    seed: int = 0, channels: tuple[int, int] = (4, 2), text_dim: int = 1, ffn_dim: int = 32
+) -> CausalWanTransformer3DModel:
+    """With weights far from zero; `channels` in and out. As it is, it fits the toy world."""
+    torch.manual_seed(seed)
     model = CausalWanTransformer3DModel(
         num_attention_heads=2,
         attention_head_dim=16,
-        in_channels=4,
-        out_channels=2,
-        text_dim=1,
+        in_channels=channels[0],
+        out_channels=channels[1],
+        text_dim=text_dim,
         freq_dim=16,
-        ffn_dim=32,
+        ffn_dim=ffn_dim,
         num_layers=2,
     )
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.15)
     return model.eval()
+
+
+def rewarded(reward: Tensor, stochastic: Tensor | None = None) -> TensorDict:
+    """Rewards `[B, M]` of valid frames, and which of their steps were stochastic: all of two, unless `[B, M, N]`."""
+    valid = torch.ones_like(reward, dtype=torch.bool)
+    drawn = valid[..., None].repeat(1, 1, 2) if stochastic is None else stochastic
+    return TensorDict({"reward": reward, "valid": valid, "stochastic": drawn}, [len(reward)])
 
 
 def scored_rollout(actor: Any, settings: GRPO, schedule: Schedule | None = None, iteration: int = 0) -> TensorDict:

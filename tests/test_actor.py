@@ -23,26 +23,14 @@ from policies.adapters import Adaptation, ReferencePolicy
 from policies.causal_dit import CausalWanTransformer3DModel
 from policies.causality import Causality
 from policies.ema import EMA
+from tests import scored
 
 BATCH, FRAMES, STEPS, LATENT = 4, 5, 3, (3, 4, 6)
 SHORT = Causality(window=2, sink=1)
 
 
 def network(seed: int = 0) -> CausalWanTransformer3DModel:
-    torch.manual_seed(seed)
-    model = CausalWanTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=16,
-        in_channels=7,
-        out_channels=3,
-        text_dim=12,
-        freq_dim=16,
-        ffn_dim=48,
-        num_layers=2,
-    )
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.15)
-    return model.eval()
+    return scored.network(seed, channels=(7, 3), text_dim=12, ffn_dim=48)
 
 
 def per_sample() -> Tensor:

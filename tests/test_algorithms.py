@@ -16,7 +16,7 @@ from algorithms.losses import masked_mean, step_weights
 from algorithms.policy_loss import PolicyLoss
 from envs.schedules import Single
 from envs.transitions import CPS, gradient_scale
-from tests.scored import scored_rollout, setting, total
+from tests.scored import rewarded, scored_rollout, setting, total
 from tests.toy_training import trained
 
 
@@ -41,16 +41,8 @@ def test_prepare_drops_and_counts_groups() -> None:
 
 def test_prepare_shuffles_where_asked_by_iteration() -> None:
     def advantages(shuffle: bool, iteration: int) -> Tensor:
-        reward = torch.arange(16.0).view(8, 2) ** 2
-        rollout = TensorDict(
-            {
-                "reward": reward,
-                "valid": torch.ones(8, 2, dtype=torch.bool),
-                "stochastic": torch.ones(8, 2, 2, dtype=torch.bool),
-                "key": torch.tensor([[5, iteration, b // 4, b % 4] for b in range(8)]),
-            },
-            [8],
-        )
+        rollout = rewarded(torch.arange(16.0).view(8, 2) ** 2)
+        rollout["key"] = torch.tensor([[5, iteration, b // 4, b % 4] for b in range(8)])
         GRPO(shuffle_advantages=shuffle).prepare(rollout, 4)
         advantage: Tensor = rollout["advantage"]
         return advantage

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tensordict import TensorDict
 
 from algorithms.advantages import credited, last_finished, without_history
 from algorithms.dpo import DPO
@@ -18,7 +17,7 @@ from envs.transitions import CPS
 from policies.actor import Actor
 from policies.causality import Causality
 from runtime.session import Session
-from tests.scored import network, random, scored_rollout
+from tests.scored import network, random, rewarded, scored_rollout
 from tests.test_training import plan
 
 
@@ -79,14 +78,7 @@ def test_the_net_critic_sees_no_frame_of_its_own_chunk_finished() -> None:
 
 
 def test_settings_pass_the_chunk_on() -> None:
-    rollout = TensorDict(
-        {
-            "reward": random(8, 4).cumsum(1),
-            "valid": torch.ones(8, 4, dtype=torch.bool),
-            "stochastic": torch.ones(8, 4, 2, dtype=torch.bool),
-        },
-        [8],
-    )
+    rollout = rewarded(random(8, 4).cumsum(1))
     GRPO(credit="return_to_go", history_baseline=False).prepare(rollout, 4, 2)
     advantage = rollout["advantage"]
     assert torch.equal(advantage[:, ::2], advantage[:, 1::2]) and not torch.equal(advantage[:, 0], advantage[:, 2])

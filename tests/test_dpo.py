@@ -11,7 +11,7 @@ from tensordict import TensorDict
 from algorithms.dpo import DPO
 from algorithms.losses import preference_loss
 from envs.transitions import CPS
-from tests.scored import GROUP, random, scored_rollout, setting
+from tests.scored import GROUP, random, rewarded, scored_rollout, setting
 
 
 def test_preference_loss_by_hand() -> None:
@@ -31,14 +31,7 @@ def test_dpo_by_hand(credit: str) -> None:
     """Two samples, two frames, two steps; the second step of frame 1 is deterministic."""
     settings = DPO(beta=2.0, pairs=1, credit=credit, history_baseline=False)
     stochastic = torch.tensor([[[True, True], [True, False]]]).expand(2, 2, 2).contiguous()
-    rollout = TensorDict(
-        {
-            "reward": torch.tensor([[1.0, 5.0], [2.0, 1.0]]),
-            "valid": torch.ones(2, 2, dtype=torch.bool),
-            "stochastic": stochastic,
-        },
-        [2],
-    )
+    rollout = rewarded(torch.tensor([[1.0, 5.0], [2.0, 1.0]]), stochastic)
     metrics = settings.prepare(rollout, 2)
     new = torch.tensor([[[0.1, 0.2], [0.3, 9.0]], [[0.5, 0.1], [0.0, 9.0]]]) * stochastic
     initial = torch.tensor([[[0.0, 0.1], [0.1, 9.0]], [[0.2, 0.2], [0.4, 9.0]]]) * stochastic
@@ -55,14 +48,7 @@ def test_dpo_by_hand(credit: str) -> None:
 
 
 def test_a_clip_is_one_decision_for_all_its_frames_and_a_frame_without_a_draw_is_none() -> None:
-    rollout = TensorDict(
-        {
-            "reward": random(16, 5).cumsum(1),
-            "valid": torch.ones(16, 5, dtype=torch.bool),
-            "stochastic": torch.zeros(16, 5, 2, dtype=torch.bool),
-        },
-        [16],
-    )
+    rollout = rewarded(random(16, 5).cumsum(1), torch.zeros(16, 5, 2, dtype=torch.bool))
     rollout["stochastic"][:, 2, 0] = True
     DPO(credit="clip").prepare(rollout, 8)
     role = rollout["role"]
@@ -75,14 +61,7 @@ def test_a_clip_is_one_decision_for_all_its_frames_and_a_frame_without_a_draw_is
 def test_a_margin_in_units_of_spread_picks_the_same_pairs_whatever_rewards_weigh(weight: float) -> None:
     reward = random(16, 3) * torch.tensor([1.0, 0.01, 2.0])
     reward[:8] *= 3
-    rollout = TensorDict(
-        {
-            "reward": reward * weight,
-            "valid": torch.ones(16, 3, dtype=torch.bool),
-            "stochastic": torch.ones(16, 3, 2, dtype=torch.bool),
-        },
-        [16],
-    )
+    rollout = rewarded(reward * weight)
     rollout["valid"][8:] = False  # a failed group has no part in the spread
     settings = DPO(margin=0.5, margin_in="spread", history_baseline=False, pairs=1)
     assert settings.prepare(rollout, 8)["pairs"] == 2, "frame 1 has next to no spread"

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from hydra import compose
 from hydra.errors import ConfigCompositionException
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,11 +18,7 @@ from runtime.hydra_sum import parse_sum
 REWARDS = sorted(p.stem for p in (CONF / "reward").glob("*.yaml"))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def hydra_tree() -> Iterator[None]:
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        yield
+pytestmark = pytest.mark.usefixtures("hydra_tree")
 
 
 def weights(config: Any) -> dict[str, float]:

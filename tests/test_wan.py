@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,7 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from hydra import compose
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -24,7 +22,7 @@ from policies.first_frame import FirstFrameWanTransformer3DModel
 from policies.sampler import sample_rollout
 from policies.wan_weights import EMBEDDING, fill, randomise, skeleton, translated
 from runtime import schema
-from runtime.config import CONF, plain, validate
+from runtime.config import plain, validate
 from runtime.settings import Settings
 from runtime.wan import LATENT, Wan
 from tests.wan_fixtures import OVERRIDES, hub, original_names, released, write
@@ -37,11 +35,7 @@ KINDS = ("i2v", "t2v")
 FINE = ("model.random=true", "adaptation=lora", "world.sizes=[32x32]")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def hydra_tree() -> Iterator[None]:
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        yield
+pytestmark = pytest.mark.usefixtures("hydra_tree")
 
 
 def model(kind: str, *overrides: str) -> Wan:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from hydra import compose
 
-from runtime.config import CONF, validate
+from runtime.config import validate
 from runtime.models import ROOT
 from runtime.session import Session
 from tests.wan_fixtures import OVERRIDES, write
@@ -21,11 +19,7 @@ from tests.wan_fixtures import OVERRIDES, write
 SMOKE = ["+debug=smoke", "reward=motion", "world.sizes=[32x32]", "device=cpu"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def hydra_tree() -> Iterator[None]:
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        yield
+pytestmark = pytest.mark.usefixtures("hydra_tree")
 
 
 def session(run_dir: Path, *overrides: str) -> Session:
