@@ -40,7 +40,9 @@ CLIPS = 64
 # Of every student: teacher forcing, the same for all students of a seed and chunk, then distribution matching.
 POOL = "stage.pool=512"
 WARM_UP = (POOL, "stage.teacher_forcing.steps=800", "stage.match=false", "evaluation.clips=2")
-MATCHING = (POOL, "stage.teacher_forcing.steps=0", "stage.from_teacher=false", "updates=100")
+# 100 generator steps leave 0.6 % of the warm-up in the averaged weights (the default decay, for long runs, 37 %).
+UPDATES, DECAY = "updates=100", "stage.dmd.ema=0.95"
+MATCHING = (POOL, "stage.teacher_forcing.steps=0", "stage.from_teacher=false", UPDATES, DECAY)
 JUDGES = ("vae", "text_encoder", "tokenizer", "aesthetic_eval")
 STUDENTS = {
     "self_rollout": ("strategy=self_rollout",),
