@@ -43,6 +43,7 @@ from runtime.cells import (
 from runtime.runlog import read as read_log
 
 METRICS = ("frechet", "frechet_video", "aesthetic", "smoothness", "motion_consistency", "motion_error_px")
+REWARDS = ("motion", "aesthetic")
 HEADS = ("first frame, s", "FID", "FVD", "aesthetic", "smoothness", "motion consistency", "ObjMC, px")
 # row: (title, the paper's latency, FID, FVD, aesthetic, smoothness, motion consistency); the title alone where the
 # paper has no such row.
@@ -131,9 +132,21 @@ def seeds_of(row: str, seeds: int) -> range:
 
 
 def measured(folder: Path) -> Row:
-    """What an evaluation left, with its intervals."""
+    """What an evaluation left, with its intervals and, of a checkpoint, the rewards of the run that made it."""
     found = json.loads((folder / "evaluation.json").read_text())
-    return {**evaluated(folder), "intervals": found["intervals"]}
+    checkpoint = found["config"]["checkpoint"]
+    return {
+        **evaluated(folder),
+        "intervals": found["intervals"],
+        "rewards": rewards_of(Path(checkpoint).parents[1]) if checkpoint else None,
+    }
+
+
+def rewards_of(run_dir: Path) -> dict[str, list[float]]:
+    """Both terms of the reward, unweighted, after each update of a run."""
+    rows = read_log(run_dir)
+    keys = {term: f"reward_terms/{term}" for term in REWARDS}
+    return {term: [round(row[key], 5) for row in rows if key in row] for term, key in keys.items()}
 
 
 def table(rows: list[Row], titles: Mapping[str, tuple[str, ...]]) -> str:
@@ -168,13 +181,12 @@ def text_of(rows: list[Row]) -> str:
     return "".join(f"**{title}**\n\n{text}\n" for title, text in parts.items() if text) + "\n".join(notes) + "\n"
 
 
-def draw(folders: list[Path], path: Path) -> None:
+def draw(rows: list[Row], path: Path) -> None:
     """Plot both rewards over the updates of GRPO: mean over seeds, and their range."""
     page, axes = figure(2, width=10, height=4)
-    for panel, term in zip(axes, ("motion", "aesthetic"), strict=True):
-        logs = [[r[f"reward_terms/{term}"] for r in read_log(f) if f"reward_terms/{term}" in r] for f in folders]
-        length = min(map(len, logs))
-        plot_ranges(panel, {"grpo": (range(1, length + 1), [log[:length] for log in logs])})
+    for panel, term in zip(axes, REWARDS, strict=True):
+        logs = [row["rewards"][term] for row in rows]
+        plot_ranges(panel, {"grpo": (range(1, len(logs[0]) + 1), logs)})
         panel.set(xlabel="update", ylabel=f"reward term {term}, unweighted")
     page.savefig(path, dpi=120)
 
@@ -199,11 +211,11 @@ def main() -> None:
     every = [named.cell(row, seed) for row in rows for seed in seeds_of(row, options.seeds)]
     todo = [cell for cell in every if cell.arm in chosen]
     run_all("tables", todo, options.out, weights, options.jobs, measured)
-    publish("tables", text_of(list(recorded("tables", every, weights).values())))
-    runs = [options.learn / f"grpo_{seed}" for seed in range(options.seeds)]
-    runs = [folder for folder in runs if (folder / "metrics.jsonl").is_file()]
-    if runs:
-        draw(runs, RESULTS / "tables.png")
+    known = list(recorded("tables", every, weights).values())
+    publish("tables", text_of(known))
+    full = [row for row in known if row["arm"] == "full"]
+    if full:
+        draw(full, RESULTS / "tables.png")
 
 
 if __name__ == "__main__":

@@ -56,30 +56,3 @@ def per_clip(value: Tensor, counts: Tensor) -> Tensor:
     """Mean of `value [B, K, T]` over what `counts`, per clip: `[B]`, NaN where nothing does."""
     weight = counts.to(value.dtype)
     return value.where(counts, 0).sum((1, 2)) / weight.sum((1, 2))
-
-
-def motion_metrics(asked: Trajectory, found: Tracks, reference: Tensor | None = None) -> dict[str, float]:
-    """Motion of `B` videos against what was asked for.
-
-    Returns, pooled over all counted positions unless said otherwise: `motion_error_px`, every asked
-    position, lost points where the tracker guesses them (ObjMC is this mean); `motion_error_px_visible`,
-    only what the tracker saw; `motion_error_px_median`; `motion_error_px_clip`, the mean of the clips'
-    means; `motion_visible`, the share seen. NaN where nothing counts.
-    """
-    error, every, seen = (
-        endpoint_error(asked, found),
-        counted(asked, None, reference),
-        counted(asked, found, reference),
-    )
-    clips = per_clip(error, every)
-    return {
-        "motion_error_px": _mean(error[every]),
-        "motion_error_px_visible": _mean(error[seen]),
-        "motion_error_px_median": float(error[every].median()) if bool(every.any()) else float("nan"),
-        "motion_error_px_clip": _mean(clips[clips.isfinite()]),
-        "motion_visible": _mean(found.visible[every].float()),
-    }
-
-
-def _mean(values: Tensor) -> float:
-    return float(values.mean()) if values.numel() else float("nan")

@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from metrics.weights import read_weights
 from rewards.base import RewardContext, RewardTerm, check_weight, finite_samples, latent_frames
 
 if TYPE_CHECKING:
@@ -54,8 +55,7 @@ class Aesthetic:
         """
         from metrics.clip_vision import ClipVision
 
-        folder = context.assets / self.model
-        folder = folder if folder.is_dir() else Path(self.model)
+        folder = tower(context.assets, self.model)
         vision = ClipVision(folder).to(context.device)
         path = Path(self.head) if self.head else folder / "head.safetensors"
         w, b = load_head(path, self.sha256)
@@ -83,6 +83,12 @@ class Aesthetic:
         return RewardTerm(value.where(valid, 0), valid)
 
 
+def tower(assets: Path, model: str) -> Path:
+    """Folder of a vision tower: one of that name under the assets, or a path of its own."""
+    folder = assets / model
+    return folder if folder.is_dir() else Path(model)
+
+
 def load_head(path: Path, sha256: str | None = None) -> tuple[Tensor, float]:
     """Read a linear head, or a stack of linear layers without activations, as one affine map `(w [D], b)`.
 
@@ -101,17 +107,17 @@ def load_head(path: Path, sha256: str | None = None) -> tuple[Tensor, float]:
     found = hashlib.sha256(path.read_bytes()).hexdigest() if sha256 else ""
     if sha256 and found != sha256.lower():
         raise ValueError(f"{path} has SHA-256 {found}, not {sha256.lower()}; the file is damaged or another one")
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        state = load_file(path)
-    else:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+    state = read_weights(path)
     layers = [key.removesuffix("weight") for key in state if key.endswith("weight")]
     shapes = [tuple(state[f"{layer}weight"].shape) for layer in layers]
-    chained = all(a[0] == b[1] for a, b in pairwise(shapes))
-    if not layers or not chained or shapes[-1][0] != 1:
-        raise ValueError(f"{path} is not an aesthetic head: its layers are {shapes}, expected linear ones")
+    linear = all(
+        len(shape) == 2 and f"{layer}bias" in state and state[f"{layer}bias"].shape == shape[:1]
+        for layer, shape in zip(layers, shapes, strict=True)
+    )
+    if not layers or not linear or any(a[0] != b[1] for a, b in pairwise(shapes)) or shapes[-1][0] != 1:
+        raise ValueError(
+            f"{path} is not an aesthetic head: its layers are {shapes}, expected linear ones, with biases, down to 1"
+        )
     w, b = torch.eye(shapes[0][1], dtype=torch.float64), torch.zeros(shapes[0][1], dtype=torch.float64)
     for layer in layers:
         matrix = state[f"{layer}weight"].double()

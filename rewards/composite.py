@@ -133,16 +133,17 @@ class Composite:
         lost = int((~valid).any(1).sum())
         if stop and lost:
             raise RewardFailed(f"reward {name} is invalid for {lost} of {len(valid)} samples")
-        failed = {"failed": lost / len(valid)} if lost else {}
-        return RewardTerm(result.value.where(valid, 0), valid, {**result.metrics, **failed})
+        return RewardTerm(result.value.where(valid, 0), valid, {**result.metrics, "failed": lost / len(valid)})
 
 
 def _check_shapes(result: object, shape: tuple[int, int]) -> None:
-    """Raise RewardFailed unless a reward returned numbers `[B, M]` and their validity."""
+    """Raise RewardFailed unless a reward returned numbers `[B, M]`, their validity, and metrics."""
     import torch
 
     if not isinstance(result, RewardTerm):
         raise RewardFailed(f"it returned {type(result).__name__}, not a RewardTerm")
+    if not isinstance(result.metrics, dict) or not all(isinstance(m, (int, float)) for m in result.metrics.values()):
+        raise RewardFailed("its metrics are not numbers by name")
     for name in ("value", "valid"):
         found, boolean = getattr(result, name), name == "valid"
         if not isinstance(found, torch.Tensor):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from metrics.motion import counted, drag_score
 from rewards.base import RewardContext, RewardTerm, check_weight, finite_samples, per_latent_mean
+from tracking.anchor import anchored, touched
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +28,8 @@ class Motion:
     A latent frame m > 0 averages its pixel frames 4m-3..4m and the tracks. Asked for but not visible scores
     0 (leaving it out would reward destroying the texture under the point); not asked for is left out. Which
     latent frames have the term depends on the control only; frame 0 never has it: there the tracker returns
-    the query itself. A track that is absent in frame 0 has no touched point, so it is left out.
+    the query itself. A track that is absent in frame 0 has no touched point, so it is left out. What the tracker
+    follows is what was touched: see `tracking.anchor`.
 
     Attributes:
         weight: factor in the weighted sum.
@@ -70,11 +72,16 @@ class Motion:
         return (alpha if self.alpha is None else self.alpha, scale if self.scale is None else self.scale)
 
     def prepare(self, context: RewardContext) -> None:
-        """Take the tracker."""
+        """Take the tracker, and have it load what it needs."""
+        from tracking.trackers import make_ready
+
+        make_ready(context.tracker, context.device)
         object.__setattr__(self, "_tracker", context.tracker)
 
     def score(self, video: Tensor, batch: ClipBatch) -> RewardTerm:
-        """See `Reward.score`. Logs pixels, shares, and what a frozen first frame would score."""
+        """See `Reward.score`. Logs pixels, shares (`foreign`: of samples whose frame 0 does not show what was
+        touched), and what a frozen first frame would score.
+        """
         tracker: Tracker | None = getattr(self, "_tracker", None)
         if tracker is None:
             raise ValueError("the motion reward has no tracker; call prepare(context) before score")
@@ -85,7 +92,8 @@ class Motion:
                 f"{asked.num_frames} frames of {asked.height}x{asked.width}"
             )
         counts = counted(asked)
-        tracks = self._follow(tracker, video, asked.xy[:, :, 0].where(asked.presence[:, :, 0, None], 0))
+        shown, foreign = anchored(video, batch.video[:, :, :1].to(video), asked)
+        tracks = self._follow(tracker, shown, touched(asked))
         alpha, scale = self.constants
         finite = finite_samples(video)
         gain = drag_score(asked, tracks.xy, alpha, scale)
@@ -97,6 +105,7 @@ class Motion:
             "error_px": _mean((tracks.xy - asked.xy).norm(dim=-1), rest & tracks.visible),
             "clipped": _mean((gain == 0).float(), rest & tracks.visible),
             "visible": _mean(tracks.visible.float(), rest),
+            "foreign": float(foreign.float().mean()),
             "static": _mean(static, rest),
         }
         return RewardTerm(value.where(valid, 0), valid, metrics)

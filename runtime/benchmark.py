@@ -15,10 +15,9 @@ from torch import Tensor
 
 from metrics.frechet import frechet_distance
 from metrics.intervals import Estimate, jackknife, of_mean
-from metrics.motion import counted, endpoint_error, per_clip
 from metrics.smoothness import smoothness
 from policies.sampler import generate
-from runtime.evaluation import EVALUATION_SEED, Judge, Sample, in_sight, motion_errors, position_totals
+from runtime.evaluation import EVALUATION_SEED, Judge, Sample, looks, motion_errors, position_totals, seen_errors
 
 if TYPE_CHECKING:
     from policies.actor import Actor
@@ -34,16 +33,9 @@ def by_clip(samples: Sequence[Sample], judge: Judge) -> dict[str, list[float]]:
     the tracker saw), `motion_visible` (the share it saw), `motion_consistency`, `smoothness`, `aesthetic`.
     """
     found = {name: [total / count] for name, (total, count) in position_totals(samples).items()}
-    found["motion_error_px"] = [motion_errors(list(samples))]
-    for s in samples:
-        seen = counted(s.clips.trajectory, s.tracks, in_sight(s.clips))
-        rows = {
-            "epe_px": per_clip(endpoint_error(s.clips.trajectory, s.tracks), seen),
-            "smoothness": smoothness(s.video, judge.interpolator),
-            "aesthetic": judge.aesthetic.score(s.video, s.clips).value[:, 1:].mean(1),
-        }
-        for name, values in rows.items():
-            found.setdefault(name, []).append(values)
+    found |= {"motion_error_px": [motion_errors(list(samples))], "epe_px": [seen_errors(samples)]}
+    found["smoothness"] = [smoothness(s.video, judge.interpolator) for s in samples]
+    found["aesthetic"] = [looks(s, judge).nanmean(1) for s in samples]
     return {name: torch.cat(parts).tolist() for name, parts in found.items()}
 
 

@@ -17,6 +17,7 @@ from envs.transitions import gaussian_kl
 from metrics.features import ClipFeatures, FeatureExtractor
 from metrics.frechet import frechet_distance
 from metrics.interpolators import Interpolator, Linear
+from metrics.intervals import of_mean
 from metrics.motion import by_latent_frame, counted, drag_score, endpoint_error, per_clip
 from metrics.smoothness import smoothness
 from policies.actor import Actor
@@ -24,7 +25,8 @@ from policies.sampler import generate, sample_rollout
 from rewards.aesthetic import Aesthetic
 from rewards.base import RewardContext
 from rewards.motion import PROFILES
-from tracking.trackers import Tracker, Tracks
+from tracking.anchor import anchored
+from tracking.trackers import Tracker, Tracks, make_ready
 
 if TYPE_CHECKING:
     from runtime.episodes import Episodes
@@ -55,6 +57,7 @@ class Judge:
         extractor: FeatureExtractor | None = None,
         interpolator: Interpolator | None = None,
     ) -> None:
+        make_ready(tracker, device)
         self.tracker = tracker
         self.features = extractor or ClipFeatures(model=scorer, label=f"tiny-clip:{scorer}")
         self.features.prepare(assets, device)
@@ -112,7 +115,8 @@ def divergence(actor: Actor, initial: Actor, episodes: Episodes, clips: list[Cli
 
 def follow(video: Tensor, clips: ClipBatch, judge: Judge) -> Sample:
     """Track the touched points of `clips` through `video`."""
-    return Sample(video, clips, judge.tracker.track(video, clips.trajectory.xy[:, :, 0]))
+    shown, _ = anchored(video, clips.video[:, :, :1].to(video), clips.trajectory)
+    return Sample(video, clips, judge.tracker.track(shown, clips.trajectory.xy[:, :, 0]))
 
 
 def in_sight(clips: ClipBatch) -> Tensor:
@@ -135,6 +139,24 @@ def motion_errors(samples: list[Sample]) -> Tensor:
             for s in samples
         ]
     )
+
+
+def seen_errors(samples: Sequence[Sample]) -> Tensor:
+    """EPE of each clip in px, `[clips]`: `motion_errors` over the positions that the tracker saw; NaN where none."""
+    return torch.cat(
+        [
+            per_clip(
+                endpoint_error(s.clips.trajectory, s.tracks), counted(s.clips.trajectory, s.tracks, in_sight(s.clips))
+            )
+            for s in samples
+        ]
+    )
+
+
+def looks(sample: Sample, judge: Judge) -> Tensor:
+    """The judge's scores `[B, M - 1]` of the latent frames after the first; NaN where one could not be scored."""
+    term = judge.aesthetic.score(sample.video, sample.clips)
+    return term.value.where(term.valid, torch.nan)[:, 1:]
 
 
 def position_totals(samples: Sequence[Sample]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -174,23 +196,23 @@ def measure(samples: list[Sample], truth: list[Sample], judge: Judge) -> dict[st
     Returns:
         `motion_error_px` (mean over clips of the distance between asked and tracked path where the point is in sight)
         with `motion_error_px_ci` (half-width of its 95 % interval over clips), `motion_error_px_median` (of the clips),
-        `motion_visible` and `motion_consistency` (see `position_totals`), `smoothness` (VBench's, with the judge's
-        interpolator), `aesthetic` (judge's scorer), `frechet` (frames) and `frechet_video`, both to the true clips.
+        `epe_px` (the same mean over what the tracker saw), `motion_visible` and `motion_consistency` (see
+        `position_totals`), `smoothness` (VBench's, with the judge's interpolator), `aesthetic` (judge's scorer),
+        `frechet` (frames) and `frechet_video`, both to the true clips.
     """
-    scores, smooth = [], []
-    for s in samples:
-        smooth.append(smoothness(s.video, judge.interpolator))
-        scores.append(judge.aesthetic.score(s.video, s.clips).value[:, 1:].flatten())
+    smooth = [smoothness(s.video, judge.interpolator) for s in samples]
+    scores = torch.cat([looks(s, judge).flatten() for s in samples])
     error = motion_errors(samples)
     error = error[error.isfinite()]
     frames = [_features(group, judge) for group in (samples, truth)]
     return {
         "motion_error_px": float(error.mean()),
-        "motion_error_px_ci": float(1.96 * error.std() / math.sqrt(len(error))),
+        "motion_error_px_ci": of_mean(error.tolist()).half,
         "motion_error_px_median": float(error.median()),
+        "epe_px": float(seen_errors(samples).nanmean()),
         **{name: float(total.sum() / count.sum()) for name, (total, count) in position_totals(samples).items()},
         "smoothness": float(torch.cat(smooth).mean()),
-        "aesthetic": float(torch.cat(scores).mean()),
+        "aesthetic": float(scores.nanmean()),
         "frechet": frechet_distance(frames[0][0], frames[1][0]),
         "frechet_video": frechet_distance(frames[0][1], frames[1][1]),
     }

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from metrics.appearance import patches, ssim
 from rewards.base import RewardContext
-from rewards.identity import Identity, patches, ssim
+from rewards.identity import Identity
 from tests.moving import asking, line, render
 from tracking.ncc import NCC
 

@@ -10,7 +10,7 @@ import torch
 from metrics.features import ClipFeatures
 from metrics.frechet import frechet_distance, gaussian_frechet
 from metrics.interpolators import Flow, Linear
-from metrics.motion import by_latent_frame, counted, drag_score, motion_metrics, per_clip
+from metrics.motion import by_latent_frame, counted, drag_score, endpoint_error, per_clip
 from metrics.smoothness import smoothness
 from tests.moving import asking, line, render
 from tests.test_rewards import tiny_clip
@@ -74,7 +74,7 @@ class TestFrechet:
             frechet_distance(x, x[:1])
 
 
-def test_motion_metrics() -> None:
+def test_what_counts_towards_motion_errors() -> None:
     path = line((4.0, 4.0), (0.5, 0.5), 9)
     batch = asking(path, (32, 32)).repeat(2)
     xy = path.expand(2, 1, 9, 2).clone()
@@ -83,13 +83,12 @@ def test_motion_metrics() -> None:
     visible = torch.ones(2, 1, 9, dtype=torch.bool)
     visible[1, :, 5:] = False
     found = Tracks(xy, visible, visible.float())
-    out = motion_metrics(batch.trajectory, found)
-    assert out["motion_error_px"] == pytest.approx((8 * 5 + 4 * 12) / 16)
-    assert out["motion_error_px_visible"] == pytest.approx(8 * 5 / 12)
-    assert out["motion_error_px_clip"] == pytest.approx((5 + 6) / 2)
-    assert out["motion_visible"] == pytest.approx(12 / 16)
-    seen_in_truth = visible.clone()
-    assert motion_metrics(batch.trajectory, found, seen_in_truth)["motion_error_px"] == pytest.approx(40 / 12)
+    error, asked = endpoint_error(batch.trajectory, found), counted(batch.trajectory)
+    assert float(error[asked].mean()) == pytest.approx((8 * 5 + 4 * 12) / 16)
+    assert per_clip(error, asked).tolist() == pytest.approx([5, 6])
+    seen = counted(batch.trajectory, found)
+    assert torch.equal(seen, counted(batch.trajectory, reference=visible)) and seen.sum() == 12
+    assert float(error[seen].mean()) == pytest.approx(40 / 12)
     late = batch.trajectory.presence.clone()
     late[1, :, 0] = False
     counts = counted(replace(batch.trajectory, presence=late))

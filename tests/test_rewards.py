@@ -11,6 +11,7 @@ from torch import Tensor
 
 from data.clip import ClipBatch
 from metrics.clip_vision import ClipVision
+from metrics.weights import read_weights
 from rewards.aesthetic import Aesthetic, load_head
 from rewards.base import Reward, RewardContext, RewardFailed, RewardTerm, latent_frames, per_latent_mean
 from rewards.composite import Composite, metrics_of, normalize_in_groups
@@ -99,7 +100,7 @@ class TestMotion:
 
     @pytest.mark.parametrize("agreement", ["median", "mean"])
     def test_support_points_of_a_translation_agree_with_the_point(self, agreement: str) -> None:
-        video, control = render(PATH)[None], asking(PATH)
+        video, control = render(PATH)[None], asking(PATH, video=render(PATH))
         alone, supported = Motion(), Motion(support=4, agreement=agreement)
         for reward in (alone, supported):
             reward.prepare(RewardContext("cpu", NCC(), Path("assets")))
@@ -117,6 +118,18 @@ class TestMotion:
         mean = motion(xy, support=4, agreement="mean").score(video, control).metrics["error_px"]
         assert median == pytest.approx(0, abs=1e-4)
         assert mean == pytest.approx(2 * math.sqrt(2), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["garbage.pth", "garbage.safetensors", "tensor.pth", "code.pth"])
+def test_what_holds_no_weights_is_one_line(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    if name.startswith("garbage"):
+        path.write_bytes(b"\x80not weights" * 9)
+    else:
+        torch.save(torch.zeros(3) if name == "tensor.pth" else {"run": Path}, path)
+    with pytest.raises(ValueError, match=r"holds no (weights|tensors by name)") as error:
+        read_weights(path)
+    assert "\n" not in str(error.value)
 
 
 def tiny_clip(folder: Path, width: int = 768) -> Path:
@@ -226,6 +239,11 @@ class TestAesthetic:
         torch.save({"weight": torch.zeros(2, 5), "bias": torch.zeros(2)}, tmp_path / "bad.pth")
         with pytest.raises(ValueError, match="not an aesthetic head"):
             load_head(tmp_path / "bad.pth")
+        others = {"no bias": {"weight": torch.zeros(1, 5)}, "flat": {"weight": torch.zeros(5), "bias": torch.zeros(1)}}
+        for name, layers in others.items():
+            torch.save(layers, tmp_path / f"{name}.pth")
+            with pytest.raises(ValueError, match="not an aesthetic head"):
+                load_head(tmp_path / f"{name}.pth")
         torch.save({"weight": torch.zeros(1, 5), "bias": torch.zeros(1)}, tmp_path / "narrow.pth")
         with pytest.raises(ValueError, match="5 dimensions"):
             Aesthetic(head=str(tmp_path / "narrow.pth")).prepare(RewardContext("cpu", NCC(), tmp_path))
@@ -312,7 +330,7 @@ class TestComposite:
 
     def test_metrics(self) -> None:
         reward = Composite({"a": Given(self.a, 3.0)})
-        assert metrics_of(reward.evaluate(VIDEO, BATCH)) == {"a": float(self.a.mean()), "a/extra": 3.0}
+        assert metrics_of(reward.evaluate(VIDEO, BATCH)) == {"a": float(self.a.mean()), "a/extra": 3.0, "a/failed": 0.0}
 
 
 @pytest.mark.parametrize("cls", [Motion, Aesthetic, Smoothness])

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from metrics.weights import read_weights
 from tracking.trackers import Tracks, check_input
 
 if TYPE_CHECKING:
@@ -58,6 +59,14 @@ class CoTracker3:
             )
         if self.checkpoint is not None and not Path(self.checkpoint).expanduser().is_file():
             raise FileNotFoundError(f"tracker.checkpoint: no file at {self.checkpoint}")
+
+    def prepare(self, device: str) -> None:
+        """Load the network.
+
+        Raises:
+            ValueError: the file's weights are not of this mode.
+        """
+        self._loaded(device)
 
     def track(self, video: Tensor, queries: Tensor) -> Tracks:
         """Follow points; see `Tracker.track`, but not causal. Non-finite pixels count as grey."""
@@ -134,7 +143,7 @@ class CoTracker3:
             predictor = cls(checkpoint=None, offline=self.mode == "offline", window_len=WINDOWS[self.mode])
         state = self._weights()
         try:
-            predictor.model.load_state_dict(state.get("model", state))
+            predictor.model.load_state_dict(state)
         except RuntimeError as error:
             line = " ".join(str(error).split())[:200]
             raise ValueError(
@@ -147,13 +156,9 @@ class CoTracker3:
 
         if self.checkpoint is None:
             url = HUB.format(mode=self.mode)
-            return dict(torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True))
-        path = Path(self.checkpoint).expanduser()
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
+            found = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
+            return dict(found.get("model", found))
+        return dict(read_weights(Path(self.checkpoint).expanduser()))
 
 
 def windows(length: int, step: int) -> list[slice]:

@@ -36,6 +36,17 @@ class Tracker(Protocol):
         ...
 
 
+def make_ready(tracker: Tracker, device: str) -> None:
+    """Load what a tracker needs, so that what is wrong with it shows before anything runs; most need nothing.
+
+    Raises:
+        ValueError: its weights are not what it takes.
+    """
+    prepare = getattr(tracker, "prepare", None)
+    if prepare is not None:
+        prepare(device)
+
+
 def check_input(video: Tensor, queries: Tensor) -> None:
     """Raise ValueError unless shapes are `[B, 3, T, H, W]` and `[B, K, 2]` with one B."""
     if video.ndim != 5 or video.shape[1] != 3 or queries.ndim != 3 or queries.shape[-1] != 2:
