@@ -77,8 +77,8 @@ class Remote:
 
     def __post_init__(self) -> None:
         check_weight("remote", self.weight)
-        if not self.url.startswith(("http://", "https://")):
-            raise ValueError(f"reward.remote.url must begin with http:// or https://, got {self.url!r}")
+        if not _is_address(self.url):
+            raise ValueError(f"reward.remote.url must be an address such as http://127.0.0.1:8000, got {self.url!r}")
         for name in ("deadline", "cooldown"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"reward.remote.{name} must be positive and finite, got {getattr(self, name)}")
@@ -90,13 +90,15 @@ class Remote:
         """Check the service's health: it must score a known clip, and the same twice.
 
         Raises:
-            ValueError: it does not answer, or not as a reward service does.
+            ValueError: it does not answer, or not as a reward service does, or cannot score.
         """
         clip, batch = known_clip()
         try:
             first, second = (self._ask(clip, batch) for _ in range(2))
         except RewardFailed as error:
             raise ValueError(f"reward.remote.url={self.url}: {error}; start it with experiments/serve.py") from error
+        if not (first.valid.all() and first.value.isfinite().all()):
+            raise ValueError(f"reward.remote.url={self.url}: does not score a known clip; its own messages say why")
         if not first.value.equal(second.value):
             raise ValueError(f"reward.remote.url={self.url}: scores one clip differently when asked twice")
 
@@ -144,6 +146,17 @@ class Remote:
             raise RewardFailed(f"no answer ({type(error).__name__}: {error}; deadline {self.deadline:g} s)") from error
         except ValueError as error:
             raise RewardFailed(f"a wrong answer: {error}") from error
+
+
+def _is_address(url: str) -> bool:
+    """Whether `url` names a host, and how to reach it over HTTP."""
+    from urllib.parse import urlsplit
+
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 def _may_pass(error: BaseException) -> bool:
@@ -234,14 +247,38 @@ def read_request(body: bytes) -> tuple[Tensor, ClipBatch]:
 
     tensors, text = _read(body, ("video", "first", "xy", "intensity", "presence"))
     video = tensors["video"].float()
-    if video.ndim != 5 or tensors["xy"].ndim != 4 or len(tensors["xy"]) != len(video):
-        raise ValueError(f"video {tuple(video.shape)} and xy {tuple(tensors['xy'].shape)} are not a batch of clips")
+    _check_batch({name: tuple(tensor.shape) for name, tensor in tensors.items()}, text)
     presence = tensors["presence"].bool()
     trajectory = Trajectory(
         tensors["xy"], tensors["intensity"], presence, video.shape[3], video.shape[4], float(text["fps"])
     )
     first = tensors["first"].float().expand(-1, -1, video.shape[2], -1, -1)
     return video, ClipBatch(first, trajectory, text["prompts"], presence, text["names"], text["found_by"])
+
+
+def _check_batch(shapes: dict[str, tuple[int, ...]], text: dict[str, Any]) -> None:
+    """Raise ValueError unless a request's parts belong to one batch of clips."""
+    if len(shapes["video"]) != 5 or len(shapes["xy"]) != 4:
+        raise ValueError(f"video {shapes['video']} and xy {shapes['xy']} are not a batch of clips")
+    (batch, _, frames, height, width), tracks = shapes["video"], shapes["xy"][1]
+    positions = (batch, tracks, frames)
+    wanted = {
+        "video": (batch, 3, frames, height, width),
+        "first": (batch, 3, 1, height, width),
+        "xy": (*positions, 2),
+        "intensity": positions,
+        "presence": positions,
+    }
+    for name, shape in wanted.items():
+        if shapes[name] != shape:
+            raise ValueError(f"{name} is {shapes[name]}, expected {shape} beside a video {shapes['video']}")
+    for name in ("prompts", "names", "found_by"):
+        texts = text.get(name)
+        if not isinstance(texts, list) or len(texts) != batch or not all(isinstance(each, str) for each in texts):
+            raise ValueError(f"{name} must be {batch} texts")
+    fps = text.get("fps")
+    if not isinstance(fps, (int, float)) or not 0 < fps < math.inf:
+        raise ValueError(f"fps must be positive and finite, got {fps!r}")
 
 
 def answer(term: RewardTerm) -> bytes:
@@ -263,7 +300,10 @@ def read_answer(body: bytes, samples: int, frames: int) -> RewardTerm:
     shapes = {tuple(tensor.shape) for tensor in tensors.values()}
     if shapes != {(samples, frames)}:
         raise ValueError(f"values of shape {sorted(shapes)}, expected ({samples}, {frames})")
-    return RewardTerm(tensors["value"].float(), tensors["valid"].bool(), dict(text["metrics"]))
+    metrics = text.get("metrics")
+    if not isinstance(metrics, dict) or not all(isinstance(value, (int, float)) for value in metrics.values()):
+        raise ValueError("its metrics are not numbers by name")
+    return RewardTerm(tensors["value"].float(), tensors["valid"].bool(), metrics)
 
 
 def known_clip() -> tuple[Tensor, ClipBatch]:
@@ -289,7 +329,7 @@ def _read(body: bytes, names: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[
         size = int.from_bytes(body[:8], "little")
         note = json.loads(body[8 : 8 + size])["__metadata__"]
         tensors, text = load(body), json.loads(note[TEXT])
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"not a message of {FORMAT} ({type(error).__name__})") from error
     if note.get("format") != FORMAT or set(tensors) != set(names) or not isinstance(text, dict):
         raise ValueError(f"not a message of {FORMAT}: {note.get('format')}, {', '.join(sorted(tensors))}")

@@ -38,16 +38,19 @@ def total(rewards: Composite, body: bytes) -> bytes:
 
     Raises:
         ValueError: not a request.
-        RewardFailed: a term failed.
+        RewardFailed: a term failed, or no sample could be scored.
     """
     video, batch = read_request(body)
     terms = rewards.evaluate(video, batch)
     found = rewards.add(terms)
+    if not bool(found["valid"].any()):
+        raise RewardFailed("no sample could be scored; the service's own messages say why")
     return answer(RewardTerm(found["reward"], found["valid"], metrics_of(terms)))
 
 
 def application(rewards: Composite, largest: int = 2**30) -> Starlette:
-    """`POST /score` takes a request, `GET /health` scores a known clip. One call is computed at a time.
+    """`POST /score` takes a request, `GET /health` scores a known clip (503 where it cannot). One call is computed at a
+    time.
 
     Args:
         rewards: prepared.
@@ -60,12 +63,14 @@ def application(rewards: Composite, largest: int = 2**30) -> Starlette:
     turn = asyncio.Lock()
 
     async def score(request: Request) -> Response:
-        if int(request.headers.get("content-length", 0)) > largest:
-            return PlainTextResponse(f"a request may have {largest} bytes", status_code=413)
-        body = await request.body()
+        body = bytearray()
+        async for part in request.stream():  # its header need not say how much will come
+            body += part
+            if len(body) > largest:
+                return PlainTextResponse(f"a request may have {largest} bytes", status_code=413)
         try:
             async with turn:
-                found = await asyncio.to_thread(total, rewards, body)
+                found = await asyncio.to_thread(total, rewards, bytes(body))
         except ValueError as error:
             return PlainTextResponse(str(error), status_code=400)
         except RewardFailed as error:
@@ -76,6 +81,7 @@ def application(rewards: Composite, largest: int = 2**30) -> Starlette:
         clip, batch = known_clip()
         async with turn:
             found = await asyncio.to_thread(rewards.score, clip, batch)
-        return JSONResponse({"terms": sorted(rewards.terms), "known clip": found["reward"][0].tolist()})
+        known = {"terms": sorted(rewards.terms), "known clip": found["reward"][0].tolist()}
+        return JSONResponse(known, status_code=200 if bool(found["valid"].all()) else 503)
 
     return Starlette(routes=[Route("/score", score, methods=["POST"]), Route("/health", health)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import socket
 import threading
 import time
@@ -88,7 +90,7 @@ def test_what_is_not_a_request_is_refused(body: bytes) -> None:
 def test_a_served_sum_says_what_it_says_locally() -> None:
     rewards = local(motion=Motion(), smoothness=Smoothness(weight=0.5))
     clip = render(PATH)[None].repeat(2, 1, 1, 1, 1)
-    control = asking(PATH).repeat(2)
+    control = asking(PATH, video=render(PATH)).repeat(2)
     expected = rewards.score(clip, control)
     with served(application(rewards)) as url:
         remote = Remote(url=url)
@@ -107,6 +109,84 @@ def test_health_scores_a_known_clip() -> None:
     clip, batch = known_clip()
     assert found == {"terms": ["motion"], "known clip": rewards.score(clip, batch)["reward"][0].tolist()}
     assert found["known clip"][1] > 4, "the square is where it was asked to go"
+
+
+class Broken:
+    """A reward whose network does not fit its card."""
+
+    weight = 1.0
+
+    def prepare(self, context: RewardContext) -> None: ...
+
+    def score(self, video: Tensor, batch: Any) -> RewardTerm:
+        raise RuntimeError("out of memory")
+
+
+@pytest.mark.filterwarnings("ignore:reward broken failed")
+def test_a_service_that_cannot_score_is_not_healthy_and_not_valid() -> None:
+    import httpx
+
+    with served(application(Composite(terms={"broken": Broken()}))) as url:
+        assert httpx.get(f"{url}/health").status_code == 503
+        with pytest.raises(ValueError, match="answers 503: no sample could be scored"):
+            Remote(url=url, retries=0).prepare(CONTEXT)
+
+
+@pytest.mark.parametrize(("value", "valid"), [(1.0, False), (math.nan, True)])
+def test_a_service_that_has_no_score_for_the_known_clip_is_refused(value: float, valid: bool) -> None:
+    from starlette.responses import Response
+
+    term = RewardTerm(torch.full((1, 2), value), torch.full((1, 2), valid))
+
+    async def respond(request: Any) -> Response:
+        return Response(answer(term))
+
+    with served(plain("/score", respond)) as url, pytest.raises(ValueError, match="does not score a known clip"):
+        Remote(url=url).prepare(CONTEXT)
+
+
+def test_a_large_request_is_cut_off_whatever_its_header_says() -> None:
+    import httpx
+
+    def parts() -> Iterator[bytes]:
+        for _ in range(50):
+            yield bytes(100)
+
+    with served(application(local(motion=Motion()), largest=1000)) as url:
+        assert httpx.post(f"{url}/score", content=parts()).status_code == 413  # in pieces, without a length
+        assert httpx.post(f"{url}/score", content=bytes(900)).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"fps": None}, "fps must be positive"),
+        ({"prompts": ["one"]}, "prompts must be 2 texts"),
+        ({"first": torch.zeros(3, 1, 32, 32)}, "first is .3, 1, 32, 32."),
+        ({"presence": torch.ones(2, 1, 16, dtype=torch.bool)}, "presence is .2, 1, 16., expected .2, 1, 17."),
+        ({"xy": torch.zeros(2, 1, 17, 3)}, "xy is .2, 1, 17, 3."),
+    ],
+)
+def test_a_request_whose_parts_do_not_fit_is_refused(change: dict[str, Any], words: str) -> None:
+    from safetensors.torch import load, save
+
+    body = request(render(PATH)[None].repeat(2, 1, 1, 1, 1), asking(PATH).repeat(2))
+    size = int.from_bytes(body[:8], "little")
+    note = json.loads(body[8 : 8 + size])["__metadata__"]
+    tensors, text = load(body), json.loads(note["text"])
+    for name, value in change.items():
+        (tensors if isinstance(value, Tensor) else text)[name] = value
+    with pytest.raises(ValueError, match=words):
+        read_request(save(tensors, {**note, "text": json.dumps(text)}))
+
+
+@pytest.mark.parametrize("text", [{}, {"metrics": None}, {"metrics": {"a": "high"}}, {"metrics": [1.0]}])
+def test_metrics_that_are_no_numbers_are_a_wrong_answer(text: dict[str, Any]) -> None:
+    from safetensors.torch import save
+
+    tensors = {"value": torch.ones(1, 2), "valid": torch.ones(1, 2) > 0}
+    with pytest.raises(ValueError, match="metrics are not numbers"):
+        read_answer(save(tensors, {"format": "ardrag-reward-1", "text": json.dumps(text)}), 1, 2)
 
 
 def test_a_failing_service_is_asked_again_then_left_alone() -> None:
@@ -191,7 +271,9 @@ def test_what_a_service_calls_invalid_is_invalid() -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"url": "localhost:8000"}, "must begin with http"),
+        ({"url": "localhost:8000"}, "must be an address such as http"),
+        ({"url": "http://127.0.0.1:80a"}, "must be an address such as http"),
+        ({"url": "http://[::1"}, "must be an address such as http"),
         ({"deadline": 0.0}, "deadline must be positive"),
         ({"breaker": 0}, "breaker at least 1"),
     ],
