@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from runtime.settings import Alarms
 
-SIGN, ALARM, SKIPPED = "signs/", "alarm/", "skipped/"
+SIGN, ALARM, SKIPPED, FAILED = "signs/", "alarm/", "skipped/", "/failed"
 WORDS = {"edges": "edges", "motion": "motion", "diversity": "diversity inside a group"}  # signs in the videos
 OTHERS = {"kl": "KL", "pairs": "updates without a pair of samples (lower algorithm.margin, or set margin_in=spread)"}
 
@@ -30,7 +30,9 @@ class Watch:
             self._learn(row)
 
     def check(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """`alarm/<name>` for every alarm of this update: the ratio to the first updates, the KL, or 0 pairs."""
+        """`alarm/<name>` for every alarm of this update: the ratio to the first updates, the KL, 0 pairs, or the share
+        of samples for which a reward failed (`alarm/<reward>/failed`).
+        """
         found = {}
         for name in WORDS:
             value, base = metrics.get(f"{SIGN}{name}"), self._first.get(name, [])
@@ -43,6 +45,7 @@ class Watch:
             found[f"{ALARM}kl"] = metrics["kl"]
         if metrics.get("pairs") == 0:
             found[f"{ALARM}pairs"] = 0.0
+        found |= {f"{ALARM}{key}": value for key, value in metrics.items() if key.endswith(FAILED) and value > 0}
         self._learn(metrics)
         return found
 
@@ -59,6 +62,8 @@ def sentences(metrics: Mapping[str, Any]) -> list[str]:
     for key in (key for key in metrics if key.startswith(ALARM)):
         name, value = key.removeprefix(ALARM), float(metrics[key])
         said = {"kl": f"KL {value:.3g}", "pairs": "no pair of samples, nothing learned"}
+        if name.endswith(FAILED):
+            said[name] = f"{_failed(name)} for {value:.0%} of the samples"
         found.append(said.get(name) or f"{WORDS[name]} x {value:.2f}")
     return found
 
@@ -72,6 +77,11 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> str:
             name = key.removeprefix(ALARM)
             first.setdefault(name, row.get("step", row.get("update", "?")))
             count[name] = count.get(name, 0) + 1
-    parts = [f"{(WORDS | OTHERS)[name]} (from update {first[name]}, {count[name]} times)" for name in first]
-    look = "Look at the videos: alarms" if first.keys() - {"pairs"} else "Alarms"
+    words = WORDS | OTHERS | {name: _failed(name) for name in first if name.endswith(FAILED)}
+    parts = [f"{words[name]} (from update {first[name]}, {count[name]} times)" for name in first]
+    look = "Look at the videos: alarms" if first.keys() & {*WORDS, "kl"} else "Alarms"
     return f"{look} for {'; '.join(parts)}." if parts else ""
+
+
+def _failed(name: str) -> str:
+    return f"reward {name.removesuffix(FAILED)} failed"

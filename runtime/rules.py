@@ -11,6 +11,7 @@ import numpy as np
 
 from data.draws import Stream, generator
 from data.pairs import read_pairs
+from rewards.aesthetic import tower
 from runtime import unused
 from runtime.checkpoint import complete_steps, read_state
 from runtime.identity import BEGUN
@@ -163,10 +164,11 @@ def trackers(settings: Settings) -> None:
 
 
 def scorers(settings: Settings) -> None:
-    """Likewise for the tower that judges looks."""
-    judge = settings.evaluation.scorer
+    """Likewise for the tower that judges looks, however its folder is named."""
+    judge, assets = settings.evaluation.scorer, settings.model.folder
+    named = [getattr(term, "model", None) for term in settings.reward.values()]
     require(
-        all(getattr(term, "model", None) != judge for term in settings.reward.values()),
+        tower(assets, judge).resolve() not in [tower(assets, m).resolve() for m in named if isinstance(m, str)],
         f"evaluation.scorer={judge} is the model of a reward; the one that evaluates must not be the one that rewards: "
         f"change one, such as evaluation.scorer=aesthetic_eval",
     )

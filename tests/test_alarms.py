@@ -55,6 +55,13 @@ def test_cheats_set_alarms_off_and_small_changes_do_not() -> None:
     assert Watch(Alarms()).check({"pairs": 0.0}) == {"alarm/pairs": 0.0} and not Watch(Alarms()).check({"pairs": 1.0})
 
 
+def test_a_reward_that_fails_is_an_alarm() -> None:
+    found = Watch(Alarms()).check({"smoothness/failed": 0.25, "motion/failed": 0.0})
+    assert found == {"alarm/smoothness/failed": 0.25}
+    assert sentences(found) == ["reward smoothness failed for 25% of the samples"]
+    assert summary([{"step": 7, **found}]) == "Alarms for reward smoothness failed (from update 7, 1 times)."
+
+
 def test_a_resumed_run_compares_with_the_same_first_updates() -> None:
     rows = [{"step": n, "signs/edges": value} for n, value in enumerate((1.0, 1.2, 5.0))]
     whole, resumed = Watch(Alarms(warmup=2)), Watch(Alarms(warmup=2), rows)
