@@ -27,11 +27,12 @@ def run(plan: Plan) -> None:
     with opened(plan) as session:
         with setup_phase():
             teacher = replace(plan.settings.model, transformer=stage.teacher).load_transformer(session.device)
+            teacher.requires_grad_(False)
             plan.settings.engine.shape(teacher)
             if stage.from_teacher:
                 session.episodes.networks.transformer.load_state_dict(teacher.state_dict())
         steps = sum(stage.steps(plan.settings.updates).values())
-        conclude(session, steps, lambda journal: train(session, teacher, journal))
+        conclude(session, steps, lambda journal: train(session, teacher, journal), [teacher])
 
 
 def train(session: Session, teacher: CausalWanTransformer3DModel, journal: Journal) -> Trained:

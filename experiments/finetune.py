@@ -29,10 +29,8 @@ def run(plan: Plan) -> None:
 
 
 def start(session: Session) -> None:
-    """Give the transformer the weights that training begins with.
-
-    Raises:
-        ValueError: the model has no control yet, and what trains cannot give it any.
+    """Give the transformer the weights that training begins with. Where it has no control yet and only a part of the
+    weights trains, the patch embedding trains beside them: without it control could not come in.
     """
     from algorithms.distillation.finetune import fresh
 
@@ -41,11 +39,8 @@ def start(session: Session) -> None:
         model.load_state_dict(fresh(model, session.settings.seed).state_dict())
     embedding = model.patch_embedding.weight
     channels = model.config.out_channels
-    if stage.control and not embedding.requires_grad and not embedding[:, -channels:].any():
-        raise ValueError(
-            f"model.transformer={session.settings.model.transformer} knows no control yet, and "
-            f"adaptation={session.settings.adaptation.kind} does not train the patch embedding; use adaptation=full"
-        )
+    if stage.control and not embedding[:, -channels:].any():
+        embedding.requires_grad_(True)
 
 
 def train(session: Session, journal: Journal) -> Trained:

@@ -29,9 +29,9 @@ def check(settings: Settings) -> None:
         ValueError: settings that contradict each other.
         FileNotFoundError: a file or folder that does not exist.
     """
-    rl, stages = (groups, minibatches, stochasticity, alarms, precision), (step1, preferences)
+    rl, stages = (groups, minibatches, stochasticity, alarms), (step1, preferences)
     learning = rl if settings.stage is None else stages
-    for rule in (*learning, engines, trackers, scorers, frames, sizes, clips, run_folder):
+    for rule in (*learning, precision, engines, trackers, scorers, frames, sizes, clips, run_folder):
         rule(settings)
 
 
@@ -66,13 +66,20 @@ def minibatches(settings: Settings) -> None:
 
 def precision(settings: Settings) -> None:
     """Rounding of bfloat16 weights loses small updates. Copies that an engine keeps in float32 would not be in a
-    checkpoint, which holds the weights themselves.
+    checkpoint, which holds the weights themselves. Where rewards are served nothing trains.
     """
-    kept = getattr(settings.model, "precision", "float32") != "bfloat16" or settings.adaptation.kind == "lora"
+    stage = settings.stage
+    if getattr(settings.model, "precision", "float32") != "bfloat16" or hasattr(stage, "port"):
+        return
+    instead = "model.precision=float32 engine.precision=bf16"
     require(
-        kept,
-        "model.precision=bfloat16 rounds most of an update away; use adaptation=lora, or "
-        "model.precision=float32 engine.precision=bf16",
+        not getattr(stage, "match", False),
+        "model.precision=bfloat16 rounds most of an update away, and distribution matching trains all weights of the "
+        f"fake score; use {instead}",
+    )
+    require(
+        settings.adaptation.kind == "lora",
+        f"model.precision=bfloat16 rounds most of an update away; use adaptation=lora, or {instead}",
     )
 
 
@@ -225,6 +232,11 @@ def step1(settings: Settings) -> None:
             settings.checkpoint is None or not getattr(stage, option, False),
             f"checkpoint={settings.checkpoint} has no effect with stage.{option}=true; take one of them out",
         )
+    require(
+        getattr(stage, "match", True) or type(settings.strategy).__name__ == "SelfRollout",
+        f"strategy={_name(settings.strategy)} has no effect with stage.match=false: it makes the clips of distribution "
+        "matching; take it out",
+    )
     for text in unused.changed(settings):
         raise ValueError(f"{text} has no effect here; {unused.instead(text.partition('=')[0], stage)}")
     wide = getattr(settings.strategy, "frames", 0)

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 GROUPS = ("optimizer", "scoring", "saving", "alarms", "guard")
-CHOICES = ("algorithm", "schedule", "transition")
+CHOICES = ("algorithm", "schedule", "transition", "tracker")
+SERVED = ("reward.", "tracker.")  # what a service of rewards does read
 KEYS = ("rollout.prompts", "rollout.group_size", "rollout.history_gradient", "evaluation.every")
 # What offline DPO does read: it has an algorithm, which other rules look at, and re-scores with a history.
 PAIRS = ("algorithm.", "optimizer.", "rollout.history_gradient")
@@ -36,8 +37,7 @@ INSTEAD = {
 @cache
 def defaults() -> dict[str, Any]:
     """What is not read, by dotted key, with the values of `conf/config.yaml` and of the choices that it names."""
-    base = _plain(CONF / "config.yaml")
-    names = {group: name for entry in base["defaults"] if isinstance(entry, dict) for group, name in entry.items()}
+    base, names = _plain(CONF / "config.yaml"), _names()
     chosen = {group: choice(group, names[group]) for group in CHOICES}
     flat = flatten({group: base[group] for group in GROUPS} | chosen)
     return flat | {key: value for key, value in flatten(base).items() if key in KEYS}
@@ -45,10 +45,11 @@ def defaults() -> dict[str, Any]:
 
 def changed(settings: Settings) -> list[str]:
     """Settings, as `key=value`, that differ from their defaults and have no effect without rollouts."""
-    pairs, found = hasattr(settings.stage, "criterion"), []
+    read = PAIRS if hasattr(settings.stage, "criterion") else SERVED if hasattr(settings.stage, "port") else ()
+    found = [] if read is SERVED else _rewards(settings)
     for key, default in defaults().items():
         group, _, leaf = key.partition(".")
-        if pairs and key.startswith(PAIRS) and key != "optimizer.ema":
+        if read and key.startswith(read) and key != "optimizer.ema":
             continue
         part = getattr(settings, group)
         if leaf == TARGET:
@@ -57,6 +58,24 @@ def changed(settings: Settings) -> list[str]:
         elif (value := getattr(part, leaf, default)) not in (default, OFF.get(key, default)):
             found.append(f"{key}={value}")
     return found
+
+
+def _rewards(settings: Settings) -> list[str]:
+    """Terms of the reward, as `key=value`, that are not those of the default."""
+    names = _names()["reward"].split("+")
+    if set(settings.reward) != set(names):
+        return [f"reward={'+'.join(settings.reward)}"]
+    leaves = {(name, key): value for name in names for key, value in choice("reward", name).items() if key != TARGET}
+    values = {(name, key): getattr(settings.reward[name], key, default) for (name, key), default in leaves.items()}
+    return [
+        f"reward.{name}.{key}={values[name, key]}" for name, key in leaves if values[name, key] != leaves[name, key]
+    ]
+
+
+def _names() -> dict[str, str]:
+    """The default choice of each group of `conf/config.yaml`."""
+    entries = _plain(CONF / "config.yaml")["defaults"]
+    return {group: name for entry in entries if isinstance(entry, dict) for group, name in entry.items()}
 
 
 def instead(key: str, stage: Any) -> str:

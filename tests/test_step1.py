@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from algorithms.distillation import chain
 from algorithms.pretraining import loop
@@ -21,6 +22,7 @@ from runtime.cli import SetupError
 from runtime.config import CONF, Plan, validate
 from runtime.journal import Journal
 from runtime.session import Session
+from runtime.signals import Stopped
 from tests.students import timeless
 
 SMALL = ["rollout.frames=3", "world.sizes=[16x16,16x24]", "evaluation.clips=3", "stage.pool=8"]
@@ -70,11 +72,43 @@ def test_the_initial_model_then_the_teacher(model: Path, tmp_path: Path) -> None
     assert (tmp_path / "teacher" / "videos" / "00.mp4").stat().st_size > 0
 
 
-def test_what_does_not_train_the_control_cannot_teach_it(model: Path, tmp_path: Path) -> None:
+def test_adapters_learn_control_through_the_patch_embedding(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in parts, the first of which ends in the last evaluation, with all its steps kept."""
     finetune.run(plan("finetune", model, tmp_path / "initial", *FINETUNE, "stage.fresh=true", "stage.control=false"))
-    first = f"model.transformer={tmp_path / 'initial' / 'transformer'}"
-    with pytest.raises(SetupError, match="use adaptation=full"):
-        finetune.run(plan("finetune", model, tmp_path / "teacher", *FINETUNE, first, "adaptation=lora"))
+    first = [f"model.transformer={tmp_path / 'initial' / 'transformer'}", "adaptation=lora"]
+    finetune.run(plan("finetune", model, tmp_path / "whole", *FINETUNE, *first))
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "measured", stopping)
+        finetune.run(plan("finetune", model, tmp_path / "parts", *FINETUNE, *first))
+    assert not (tmp_path / "parts" / "evaluation.json").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr("algorithms.distillation.finetune.flow_matching_loss", stopping)  # no step is taken again
+        finetune.run(plan("finetune", model, tmp_path / "parts", *FINETUNE, *first, "resume=true"))
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert whole["patch_embedding.weight"][:, -4:].any() and all(torch.equal(whole[k], parts[k]) for k in whole)
+    assert result(tmp_path / "whole")["after"] == result(tmp_path / "parts")["after"]
+
+
+def stopping(*anything: Any) -> None:
+    """Somebody asks to stop."""
+    raise Stopped
+
+
+def test_a_run_goes_on_with_the_same_frozen_weights_only(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = tmp_path / "teacher"
+    shutil.copytree(model / "transformer", teacher)
+    run = [*DISTILL, "stage.match=false", f"stage.teacher={teacher}", "stage.from_teacher=false"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "stop", lambda journal: True)
+        distill.run(plan("distill", model, tmp_path / "run", *run))
+    (file,) = teacher.glob("*.safetensors")
+    save_file({name: value + 0.1 for name, value in load_file(file).items()}, file)
+    with pytest.raises(SetupError, match="put the files of model and teacher back"):
+        distill.run(plan("distill", model, tmp_path / "run", *run, "resume=true"))
 
 
 @pytest.mark.parametrize("adaptation", ["lora", "attention"])
@@ -202,6 +236,13 @@ def test_distillation_into_adapters(model: Path, tmp_path: Path) -> None:
         (["scoring.epsilon=1"], "scoring.epsilon=1.0 has no effect"),
         (["rollout.history_gradient=true"], "rollout.history_gradient=True has no effect"),
         (["rollout.prompts=2"], "rollout.prompts=2 has no effect here; set stage.dmd.batch"),
+        (["reward=smoothness"], "reward=smoothness has no effect here; take it out"),
+        (["reward.motion.profile=train"], "reward.motion.profile=train has no effect"),
+        (["tracker.radius=3"], "tracker.radius=3 has no effect"),
+        (["stage.match=false", "strategy=self_forcing"], "strategy=SelfForcing has no effect with stage.match=false"),
+        (["stage.dmd.adversarial=0", "stage.dmd.r1=1"], "r1 and r2 have no effect"),
+        (["stage.dmd.lr=0"], "stage.dmd.lr must be positive"),
+        (["stage.ode.ema=1"], r"stage.ode.ema must lie in \[0, 1\), got 1"),
         (["strategy.exit=sometimes"], "per_video, per_frame"),
         (["stage.match=false", *(f"stage.{name}.steps=0" for name in NAMES[:-1])], "nothing to do"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 NEGATIVE = "overexposed, static, blurred, subtitles, worst quality, low quality, deformed limbs, cluttered background"
 
@@ -60,9 +61,15 @@ class Warmup:
     lr: float = 1e-3
     ema: float = 0.99
 
+    NAME: ClassVar[str]
+
     def __post_init__(self) -> None:
-        if self.steps < 0 or not 0 < self.lr < math.inf or not 0 <= self.ema < 1:
-            raise ValueError(f"stage: steps must not be negative, lr positive, ema in [0, 1); got {self}")
+        if self.steps < 0:
+            raise ValueError(f"stage.{self.NAME}.steps must not be negative, got {self.steps}")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"stage.{self.NAME}.lr must be positive and finite, got {self.lr}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"stage.{self.NAME}.ema must lie in [0, 1), got {self.ema}")
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,8 @@ class TeacherForcingStage(Warmup):
     Attributes:
         shift: noise levels are shift u / (1 + (shift - 1) u) for uniform u, one for each chunk.
     """
+
+    NAME = "teacher_forcing"
 
     shift: float = 3.0
 
@@ -89,6 +98,8 @@ class OwnHistoryStage(Warmup):
         share: of the clips; the others have true histories.
     """
 
+    NAME = "own_history"
+
     share: float = 0.75
 
     def __post_init__(self) -> None:
@@ -104,6 +115,8 @@ class ODEStage(Warmup):
     Attributes:
         substeps: the teacher's steps for one of the student's.
     """
+
+    NAME = "ode"
 
     substeps: int = 4
 
@@ -123,13 +136,18 @@ class ConsistencyStage(Warmup):
         huber: constant of the pseudo-Huber distance; 0 is the squared error.
     """
 
+    NAME = "consistency"
+
     substeps: int = 4
     huber: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.substeps < 1 or not 0 <= self.huber < math.inf:
-            raise ValueError("stage.consistency: substeps must be at least 1 and huber not negative")
+            raise ValueError(
+                "stage.consistency.substeps must be at least 1 and huber not negative, "
+                f"got {self.substeps} and {self.huber}"
+            )
 
 
 @dataclass(frozen=True)
@@ -147,7 +165,8 @@ class DMD:
         ema: decay of the generator's averaged weights, which are the result.
         shift: noise that clips are judged under: levels shift u / (1 + (shift - 1) u) for uniform u, in [0.02, 0.98].
         adversarial: weight of the adversarial loss beside DMD's 1; 0 leaves the discriminator out.
-        discriminator: weight of the discriminator's loss beside the fake score's 1.
+        discriminator: weight of the discriminator's loss beside the fake score's 1. They share no weights, and AdamW
+            does not feel a factor: how fast the discriminator learns is `critic_lr`.
         layers: blocks of the teacher whose outputs the discriminator reads.
         r1: weight of the slope penalty on true clips, beside the discriminator's loss; both under `discriminator`.
         r2: the same on generated clips.
@@ -173,15 +192,19 @@ class DMD:
     def __post_init__(self) -> None:
         for name in ("generator_every", "batch", "warmup"):
             if getattr(self, name) < 1:
-                raise ValueError(f"dmd.{name} must be at least 1, got {getattr(self, name)}")
+                raise ValueError(f"stage.dmd.{name} must be at least 1, got {getattr(self, name)}")
         for name in ("lr", "critic_lr", "clip", "shift", "penalty_std"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"dmd.{name} must be positive, got {getattr(self, name)}")
+                raise ValueError(f"stage.dmd.{name} must be positive, got {getattr(self, name)}")
         for name in ("adversarial", "discriminator", "r1", "r2"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"dmd.{name} must not be negative, got {getattr(self, name)}")
+                raise ValueError(f"stage.dmd.{name} must not be negative, got {getattr(self, name)}")
+        if self.adversarial == 0 and (self.r1 or self.r2):
+            raise ValueError("stage.dmd.r1 and r2 have no effect with stage.dmd.adversarial=0; take them out")
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas) or not 0 <= self.ema < 1:
-            raise ValueError(f"dmd.betas must be two numbers in [0, 1) and dmd.ema one, got {self.betas}, {self.ema}")
+            raise ValueError(
+                f"stage.dmd.betas must be two numbers in [0, 1) and stage.dmd.ema one, got {self.betas}, {self.ema}"
+            )
 
 
 @dataclass(frozen=True)
@@ -196,7 +219,7 @@ class Distill:
         from_teacher: the student begins with the teacher's weights.
         negative_prompt: shared by all clips; the teacher's guidance points away from it.
         guidance: `cond + g (cond - uncond)`; 0 is none.
-        eta: share of fresh noise of a step in training, in (0, 1]; 1 re-noises, as Algorithm 1 does; 0 is the ODE.
+        eta: share of fresh noise of a step in training, in [0, 1]; 1 re-noises, as Algorithm 1 does; 0 is the ODE.
         pool: training clips per frame size.
         track_noise: standard deviation in pixels of the errors of the tracks that control is drawn from.
         teacher_forcing: flow matching given true frames.
@@ -228,7 +251,7 @@ class Distill:
         return {name: steps for name, steps in {**warmup, "dmd": matching}.items() if steps}
 
     def __post_init__(self) -> None:
-        for name in ("teacher_forcing", "own_history", "ode", "consistency", "dmd"):
+        for name in self.steps(1):
             _check_pool(f"stage.{name}", getattr(self, name).batch, self.pool)
         if not math.isfinite(self.guidance):
             raise ValueError(f"stage.guidance must be finite, got {self.guidance}")

@@ -111,7 +111,7 @@ def optimise(
         loss_of: gives the loss of a step and what to report beside it; a function of the step and the weights alone.
         ema: updated after every step.
         matrices: those of the parameters that Muon updates; the others are AdamW's.
-        state: file that is written every `EVERY` steps; where it exists, training goes on from it.
+        state: file that is written every `EVERY` steps and after the last; where it exists, training goes on from it.
         stop: asked before every step; where it says so the state is kept, and `Interrupted` raised.
         record: takes every step's metrics: loss, norm of its gradient before clipping, learning rate, what `loss_of`
             reports, and seconds.
@@ -119,8 +119,6 @@ def optimise(
     Returns:
         Seconds of training, over all parts of an interrupted run.
     """
-    import torch
-
     weights = list(parameters)
     steppers = optimizers(weights, matrices, fit)
     begin, spent = restore(state, weights, steppers, ema)
@@ -136,13 +134,7 @@ def optimise(
         loss, extra = loss_of(step)
         value = float(loss.detach())  # a GPU has computed the loss, not just been asked to, before its seconds are read
         watch.lap("loss")
-        loss.backward()
-        norm = float(torch.nn.utils.clip_grad_norm_(weights, fit.clip))
-        if not math.isfinite(norm):
-            raise FloatingPointError(f"{name}: the gradient of step {step} is not finite; the weights are as before it")
-        for optimizer in steppers:
-            optimizer.step()
-            optimizer.zero_grad()
+        norm = _descend(loss, weights, steppers, fit.clip, f"{name}: the gradient of step {step}")
         if ema is not None:
             ema.update()
         watch.lap("update")
@@ -150,9 +142,23 @@ def optimise(
         if step % 100 == 0 or step == fit.steps - 1:
             values = " ".join(f"{k} {v:.4f}" for k, v in {"loss": value, **extra}.items())
             report(f"{name} {step}/{fit.steps} {values} {time.perf_counter() - started:.0f}s")
-        if state is not None and (step + 1) % EVERY == 0:
+        if state is not None and ((step + 1) % EVERY == 0 or step == fit.steps - 1):
             keep(state, step + 1, weights, steppers, ema, time.perf_counter() - started)
     return time.perf_counter() - started
+
+
+def _descend(loss: Tensor, weights: list[nn.Parameter], steppers: list[Optimizer], clip: float, name: str) -> float:
+    """Take a step down the gradient of a loss; its norm before clipping."""
+    import torch
+
+    loss.backward()
+    norm = float(torch.nn.utils.clip_grad_norm_(weights, clip))
+    if not math.isfinite(norm):
+        raise FloatingPointError(f"{name} is not finite; the weights are as before it")
+    for optimizer in steppers:
+        optimizer.step()
+        optimizer.zero_grad()
+    return norm
 
 
 class Stopwatch:
