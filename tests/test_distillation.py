@@ -81,10 +81,13 @@ class TestSelfRollout:
 
     @pytest.mark.parametrize("checkpointing", [False, True])
     @pytest.mark.parametrize("chunk", [1, 3])
-    def test_gradients_equal_frame_by_frame_passes_with_a_rolling_cache(self, chunk: int, checkpointing: bool) -> None:
-        """21 frames, cache of 7: the parallel pass against a slow reference, under gradient checkpointing too."""
-        rule = Causality(chunk=chunk, window=7)
-        who = student(network(), frames=21, rule=rule)
+    @pytest.mark.parametrize(("frames", "window"), [(21, 7), (21, 15), (27, 25)])
+    def test_gradients_equal_frame_by_frame_passes_with_a_rolling_cache(
+        self, frames: int, window: int, chunk: int, checkpointing: bool
+    ) -> None:
+        """More frames than the cache holds: the parallel pass against a slow reference, under checkpointing too."""
+        rule = Causality(chunk=chunk, window=window)
+        who = student(network(), frames=frames, rule=rule)
         exits = exit_steps(who, "per_frame")
         weight = torch.randn(who.truth.shape, generator=torch.Generator().manual_seed(3))
         slow = weights_gradient(who.network, (self.slowly(who, exits) * weight).sum())
