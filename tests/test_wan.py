@@ -187,12 +187,35 @@ def test_what_a_model_cannot_do_its_config_refuses(kind: str, override: str, wor
         model(kind, "model.random=true", override)
 
 
-def test_full_training_of_bfloat16_weights_needs_an_engine_that_keeps_more() -> None:
+def test_bfloat16_weights_do_not_train() -> None:
     names = ["model=wan2.1_1.3b", "model.random=true", "world.sizes=[32x32]"]
     with pytest.raises(ValueError, match=r"model\.precision=bfloat16 rounds most of an update"):
         validate(compose("grpo", [*names, "adaptation=full"]))
     for fine in (["adaptation=lora"], ["adaptation=full", "model.precision=float32", "engine.precision=bf16"]):
         validate(compose("grpo", [*names, *fine]))
+
+
+STEP1 = ["model=wan2.1_1.3b", "model.image_frames=none", "world.sizes=[32x32]", "stage.pool=256"]
+
+
+@pytest.mark.parametrize(
+    ("primary", "own", "fine"),
+    [
+        ("finetune", ["stage.lr=1e-5"], True),
+        ("distill", ["stage.teacher=transformer", "stage.from_teacher=false", "stage.dmd.layers=[0]"], False),
+    ],
+)
+def test_nor_do_they_in_step_1(tmp_path: Path, primary: str, own: list[str], fine: bool) -> None:
+    """Adapters take them, but the fake score of distribution matching trains as a whole whatever the student does."""
+    write(tmp_path, "i2v", "diffusers")
+    shape = [*(text for text in OVERRIDES if "precision" not in text), "model.architecture.image_dim=80"]
+    names = [*STEP1, *shape, *own, f"model.path={tmp_path}", "model.transformer=transformer"]
+    for refused in (["adaptation=full"], *([] if fine else [["adaptation=lora"]])):
+        with pytest.raises(ValueError, match=r"model\.precision=bfloat16 rounds most of an update"):
+            validate(compose(primary, [*names, *refused]))
+    wide = ["adaptation=full", "model.precision=float32", "engine.precision=bf16"]
+    for settings in (wide, *([["adaptation=lora"]] if fine else [])):
+        validate(compose(primary, [*names, *settings]))
 
 
 @pytest.mark.parametrize("size", ["480x368", "400x400", "368x480", "640x368", "368x640", "480x832"])
