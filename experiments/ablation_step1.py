@@ -148,6 +148,8 @@ def tables(rows: list[Row]) -> str:
     extractor = next((row["extractor"] for row in rows if row.get("extractor")), "?")
     notes = f"""± is the standard deviation over seeds. True clips of the training length: {clips}.
 Frechet distances are between features of {extractor}, to true clips of the same length.
+Initial model and teacher take 16 steps, without guidance; distribution matching asks the teacher with it. Caches of 15
+and 25 frames are those of evaluation: in training, on clips of {FRAMES} frames, they would hardly differ from 7.
 {BUSY}
 """
     return "\n".join([*parts, notes])
