@@ -9,8 +9,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from metrics.weights import read_weights
 from rewards.base import RewardContext, RewardTerm, check_weight, finite_samples, latent_frames
+from tracking.weights import read_weights
 
 if TYPE_CHECKING:
     from torch import Tensor

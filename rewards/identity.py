@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from metrics.anchor import anchored, touched
 from metrics.appearance import patches, ssim
 from metrics.motion import counted
 from rewards.base import RewardContext, RewardTerm, check_weight, finite_samples, per_latent_mean
-from tracking.anchor import anchored, touched
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from metrics.anchor import anchored, touched
 from metrics.motion import counted, drag_score
 from rewards.base import RewardContext, RewardTerm, check_weight, finite_samples, per_latent_mean
-from tracking.anchor import anchored, touched
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +29,7 @@ class Motion:
     0 (leaving it out would reward destroying the texture under the point); not asked for is left out. Which
     latent frames have the term depends on the control only; frame 0 never has it: there the tracker returns
     the query itself. A track that is absent in frame 0 has no touched point, so it is left out. What the tracker
-    follows is what was touched: see `tracking.anchor`.
+    follows is what was touched: see `metrics.anchor`.
 
     Attributes:
         weight: factor in the weighted sum.

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from data.clip import ClipBatch
 from envs.transitions import gaussian_kl
+from metrics.anchor import anchored
 from metrics.features import ClipFeatures, FeatureExtractor
 from metrics.frechet import frechet_distance
 from metrics.interpolators import Interpolator, Linear
@@ -25,7 +26,6 @@ from policies.sampler import generate, sample_rollout
 from rewards.aesthetic import Aesthetic
 from rewards.base import RewardContext
 from rewards.motion import PROFILES
-from tracking.anchor import anchored
 from tracking.trackers import Tracker, Tracks, make_ready
 
 if TYPE_CHECKING:

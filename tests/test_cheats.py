@@ -15,13 +15,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from metrics.anchor import FOREIGN, anchored, differences
 from rewards.aesthetic import Aesthetic
 from rewards.base import Reward, RewardContext
 from rewards.composite import Composite
 from rewards.motion import Motion
 from runtime.models import ROOT
 from tests.moving import asking, line, render
-from tracking.anchor import FOREIGN, anchored, differences
 from tracking.lucas_kanade import LucasKanade
 from tracking.ncc import NCC
 from tracking.trackers import Tracker, Truth

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from data.clip import ClipBatch
 from metrics.clip_vision import ClipVision
-from metrics.weights import read_weights
 from rewards.aesthetic import Aesthetic, load_head
 from rewards.base import Reward, RewardContext, RewardFailed, RewardTerm, latent_frames, per_latent_mean
 from rewards.composite import Composite, metrics_of, normalize_in_groups
@@ -20,6 +19,7 @@ from rewards.smoothness import Smoothness
 from tests.moving import asking, line, render
 from tracking.ncc import NCC
 from tracking.trackers import Truth
+from tracking.weights import read_weights
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "aesthetic"
 PATH = line((9.0, 10.0), (0.7, 0.5))

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from metrics.weights import read_weights
 from tracking.trackers import Tracks, check_input
+from tracking.weights import read_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
