@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from tensordict import TensorDict
@@ -14,29 +12,13 @@ from envs.gymnasium_env import ARVideoVectorEnv
 from envs.rollout import RolloutCollector
 from envs.transitions import CPS
 from policies.actor import Actor, evaluate
-from policies.causal_dit import CausalWanTransformer3DModel
 from policies.causality import Causality
 from policies.first_frame import FirstFrameWanTransformer3DModel
 from policies.sampler import generate, sample_rollout
+from tests.pictured import TINY, filled, pictured
 
 BATCH, FRAMES, LATENT, CONTROL = 2, 4, (3, 4, 6), 3
-TINY: dict[str, Any] = dict(
-    num_attention_heads=2, attention_head_dim=16, out_channels=3, text_dim=12, freq_dim=16, ffn_dim=48, num_layers=2
-)
 RULES = [Causality(window=2), Causality(chunk=2, window=2, sink=1)]
-
-
-def filled(model: Any) -> Any:
-    draw = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        parameter.data.copy_(torch.randn(parameter.shape, generator=draw) * 0.2)
-    return model.eval()
-
-
-def network(image_frames: str) -> CausalWanTransformer3DModel:
-    model = filled(CausalWanTransformer3DModel(**TINY, in_channels=13, image_dim=10, added_kv_proj_dim=32))
-    model.image_frames = image_frames
-    return model
 
 
 def episode(image: bool = True, sign: float = 1.0) -> TensorDict:
@@ -60,7 +42,7 @@ def episode(image: bool = True, sign: float = 1.0) -> TensorDict:
 
 @pytest.mark.parametrize("frames", ["first", "all"])
 def test_a_collected_rollout_keeps_the_image_and_rescores_to_the_same_log_probs(frames: str) -> None:
-    actor = Actor(network(frames), CPS(), Causality(window=2))
+    actor = Actor(pictured(frames), CPS(), Causality(window=2))
     rollout = RolloutCollector(actor, episode).collect()
     assert torch.equal(rollout["image"], episode()["image"])
     direct = sample_rollout(actor.transformer, actor.transition, actor.causality, episode())
@@ -73,7 +55,7 @@ def test_a_collected_rollout_keeps_the_image_and_rescores_to_the_same_log_probs(
 
 
 def test_another_image_is_another_episode_for_the_actors_memory() -> None:
-    actor, rollout = Actor(network("all"), CPS(), Causality(window=2)), {}
+    actor, rollout = Actor(pictured("all"), CPS(), Causality(window=2)), {}
     for sign in (1.0, -1.0):
         state = episode(sign=sign)
         state["frame"], state["step"] = state["frame"] + 2, state["step"]
@@ -95,7 +77,7 @@ def test_environments_pass_the_image_on() -> None:
 @pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("frames", ["first", "all", "none"])
 def test_parallel_equals_cached_whichever_frames_look_at_the_image(frames: str, rule: Causality) -> None:
-    model = network(frames)
+    model = pictured(frames)
     rollout = sample_rollout(model, CPS(), rule, episode())
     with torch.no_grad():
         torch.testing.assert_close(
@@ -107,11 +89,11 @@ def test_by_default_of_the_first_frame_later_frames_see_the_image_through_it_alo
     """With no window the frames are on their own: only the first one changes with the image."""
     alone = Causality(window=1, sink=0)
     made = {
-        (frames, sign): generate(network(frames), CPS(), alone, episode(sign=sign)).latents[:, :, 1]
+        (frames, sign): generate(pictured(frames), CPS(), alone, episode(sign=sign)).latents[:, :, 1]
         for frames in ("first", "all", "none")
         for sign in (1.0, -1.0)
     }
-    model, x = network("first"), {sign: episode(sign=sign) for sign in (1.0, -1.0)}
+    model, x = pictured("first"), {sign: episode(sign=sign) for sign in (1.0, -1.0)}
     velocities = {}
     for sign, state in x.items():
         inputs = torch.cat([state["latents"], state["condition"]], 2)

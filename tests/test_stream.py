@@ -22,27 +22,16 @@ from policies.codecs import VideoCodec
 from policies.first_frame import FirstFrameWanTransformer3DModel
 from policies.sampler import generate
 from policies.stream import Episode, Stream, VideoStream
+from tests.pictured import TINY, filled, pictured
 from tests.test_causal_dit import RULES
 
 FRAMES, LATENT, SIGMAS = 12, (3, 4, 6), [1.0, 0.755, 0.522, 0.0]
 KEYS = ((3, 0, 0, 0), (3, 0, 0, 1))
-TINY: dict[str, Any] = dict(
-    num_attention_heads=2, attention_head_dim=16, out_channels=3, text_dim=12, freq_dim=16, ffn_dim=48, num_layers=2
-)
-
-
-def filled(model: Any) -> Any:
-    draw = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        parameter.data.copy_(torch.randn(parameter.shape, generator=draw) * 0.2)
-    return model.eval()
 
 
 @pytest.fixture(scope="module")
 def network() -> CausalWanTransformer3DModel:
-    model = filled(CausalWanTransformer3DModel(**TINY, in_channels=13, image_dim=10, added_kv_proj_dim=32))
-    model.image_frames = "first"
-    return model
+    return pictured("first")
 
 
 def normal(seed: int, *shape: int) -> Tensor:
