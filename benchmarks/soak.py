@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests import launches, trials
+from tests import launches, trials, update_trials
 
 
 def main() -> None:
@@ -52,14 +52,14 @@ def jobs(model: Path, scratch: Path, share: float, minutes: float) -> dict[str, 
     return {
         "saving": lambda: trials.kills_while_saving(scratch / "saving", count(200)),
         "corruptions": lambda: trials.corruptions(scratch / "corrupt", count(500)),
-        "engines": lambda: trials.engines(model, scratch / "engines", count(10)),
+        "engines": lambda: update_trials.engines(model, scratch / "engines", count(10)),
         "curves": lambda: launches.curves(scratch / "curves", max(2, count(10))),
         "injections": lambda: {
-            f"{engine} {point}": trials.injected(model, scratch / "inject" / engine, point, f"engine={engine}")
+            f"{engine} {point}": update_trials.injected(model, scratch / "inject" / engine, point, f"engine={engine}")
             for engine in ("plain", "deepspeed_z2", "deepspeed_z3")
-            for point in trials.POINTS
+            for point in update_trials.POINTS
         },
-        "leaks": lambda: trials.growth(model, scratch / "leaks", max(20, count(200)), max(5, count(50))),
+        "leaks": lambda: update_trials.growth(model, scratch / "leaks", max(20, count(200)), max(5, count(50))),
         "terminations": lambda: trials.terminations(model, scratch / "terms", count(30)),
         "compiled": lambda: trials.terminations(model, scratch / "compiled", count(10), compiled=True),
         "usr1": lambda: trials.terminations(model, scratch / "usr1", count(5), 1, signal.SIGUSR1),
@@ -71,7 +71,9 @@ def jobs(model: Path, scratch: Path, share: float, minutes: float) -> dict[str, 
         "kills of two": lambda: trials.kills_anywhere(
             model, scratch / "kills2", count(10), "engine=deepspeed_z2", ranks=2
         ),
-        "soak": lambda: trials.soak(model, scratch / "soak", 60 * minutes, 30.0, lambda text: print(text, flush=True)),
+        "soak": lambda: update_trials.soak(
+            model, scratch / "soak", 60 * minutes, 30.0, lambda text: print(text, flush=True)
+        ),
     }
 
 

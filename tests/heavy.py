@@ -10,7 +10,7 @@ NAMES = {
     "experiments": ("train", "replay"),
     "runtime": ("curves", "networks", "outcome", "report", "session", "state", "trainer", "replay"),
     "algorithms": ("policy_loss", "nft_loss", "ppo_loss"),
-    "tests": ("faulty", "models", "trials"),
+    "tests": ("faulty", "models", "trials", "update_trials"),
 }
 
 for package, names in NAMES.items():

@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 
 from tests.processes import SMALL
-from tests.trials import GRACE, RUN, distance, unsaved
+from tests.trials import GRACE, RUN, unsaved
+from tests.update_trials import distance
 
 LAUNCHERS: dict[str, list[str]] = {
     "python": [],

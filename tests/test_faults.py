@@ -20,7 +20,7 @@ from runtime.lock import FolderLock
 from runtime.runlog import JsonLines, read
 from runtime.session import Session
 from runtime.signals import StopFlag, Stopped
-from tests import trials
+from tests import trials, update_trials
 from tests.processes import plan, together, train
 
 
@@ -49,20 +49,20 @@ def test_what_is_not_finite_reaches_no_weights_and_can_be_seen_again(
 ) -> None:
     if engine != "plain":
         pytest.importorskip("deepspeed")
-    run_dir = trials.injection(model, tmp_path, point, f"engine={engine}")
+    run_dir = update_trials.injection(model, tmp_path, point, f"engine={engine}")
     rows = read(run_dir)
     assert [row["step"] for row in rows if f"skipped/{point}" in row] == [2]
     if engine == "plain":
         bundle = run_dir / "replay" / "step_000001"
-        together(1, trials.replayed, bundle, point)
+        together(1, update_trials.replayed, bundle, point)
         if point == "latent":
-            together(1, trials.replayed, bundle, "", 1)
+            together(1, update_trials.replayed, bundle, "", 1)
 
 
 def test_every_engine_computes_the_same_update(model: Path, tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
-    found = trials.engines(model, tmp_path, 1)
-    assert len(found) == len(trials.ENGINES)
+    found = update_trials.engines(model, tmp_path, 1)
+    assert len(found) == len(update_trials.ENGINES)
 
 
 def sessions(model: Path, folder: Path, *overrides: str) -> Session:
@@ -130,7 +130,7 @@ def test_deepspeed_computes_in_bf16_what_the_plain_engine_does(model: Path, tmp_
     options = [*trials.RUN, "updates=1", "engine.precision=bf16"]
     together(1, train, model, tmp_path / "plain", *options)
     together(2, train, model, tmp_path / "zero", *options, "engine=deepspeed_z2")
-    assert trials.distance(tmp_path / "zero", tmp_path / "plain", 1) < 1e-5
+    assert update_trials.distance(tmp_path / "zero", tmp_path / "plain", 1) < 1e-5
     saved = checkpoint.load(tmp_path / "zero" / "checkpoints" / "step_000001").tensors["weights"]
     assert all(weight.dtype == torch.float32 for weight in saved.values())
 
@@ -339,4 +339,4 @@ def test_an_exported_policy_comes_back(model: Path, tmp_path: Path, adaptation: 
 
 
 def test_memory_does_not_grow(model: Path, tmp_path: Path) -> None:
-    trials.growth(model, tmp_path, 20, 8, percent=5.0)
+    update_trials.growth(model, tmp_path, 20, 8, percent=5.0)

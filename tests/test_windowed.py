@@ -125,7 +125,8 @@ def test_the_loss_of_a_window_is_that_of_a_clip_of_its_own() -> None:
 
 @pytest.mark.parametrize("adversarial", [0.0, 0.1])
 def test_what_the_window_leaves_out_is_not_moved(adversarial: float) -> None:
-    game = matching(strategies.Windowed(frames=WIDE), adversarial=adversarial)
+    penalty = 1.0 if adversarial else 0.0
+    game = matching(strategies.Windowed(frames=WIDE), adversarial=adversarial, r1=penalty, r2=penalty)
     who, made, noise = late(game)
     (gradient,) = torch.autograd.grad(game._generator_loss(who, made, noise)[0], made.x0)
     inside = torch.zeros(FRAMES, dtype=torch.bool)
