@@ -24,6 +24,8 @@ def run(plan: Plan) -> None:
     if plan.settings.stage is None:
         train.run(plan)
         return
+    from copy import deepcopy
+
     from runtime.supervised import Trained, conclude, opened, timed
 
     with opened(plan) as session:
@@ -34,6 +36,7 @@ def run(plan: Plan) -> None:
             session,
             plan.settings.updates,
             lambda journal: Trained(network, learn(session, pairs, journal), encoding),
+            [deepcopy(network).requires_grad_(False)],  # DPO's reference are the weights that it begins with
         )
 
 

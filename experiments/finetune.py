@@ -31,6 +31,9 @@ def run(plan: Plan) -> None:
 def start(session: Session) -> None:
     """Give the transformer the weights that training begins with. Where it has no control yet and only a part of the
     weights trains, the patch embedding trains beside them: without it control could not come in.
+
+    Raises:
+        ValueError: it would have to, and is not float32.
     """
     from algorithms.distillation.finetune import fresh
 
@@ -40,6 +43,11 @@ def start(session: Session) -> None:
     embedding = model.patch_embedding.weight
     channels = model.config.out_channels
     if stage.control and not embedding[:, -channels:].any():
+        if embedding.element_size() < 4:  # rounds most of an update away, as in rules.precision
+            raise ValueError(
+                f"model.transformer={session.settings.model.transformer} knows no control yet, so its patch embedding "
+                "trains; use model.precision=float32 engine.precision=bf16"
+            )
         embedding.requires_grad_(True)
 
 

@@ -146,7 +146,7 @@ def rewards_of(run_dir: Path) -> dict[str, list[float]]:
     """Both terms of the reward, unweighted, after each update of a run."""
     rows = read_log(run_dir)
     keys = {term: f"reward_terms/{term}" for term in REWARDS}
-    return {term: [round(row[key], 5) for row in rows if key in row] for term, key in keys.items()}
+    return {term: [round(float(row[key]), 5) for row in rows if key in row] for term, key in keys.items()}
 
 
 def table(rows: list[Row], titles: Mapping[str, tuple[str, ...]]) -> str:
@@ -186,7 +186,8 @@ def draw(rows: list[Row], path: Path) -> None:
     page, axes = figure(2, width=10, height=4)
     for panel, term in zip(axes, REWARDS, strict=True):
         logs = [row["rewards"][term] for row in rows]
-        plot_ranges(panel, {"grpo": (range(1, len(logs[0]) + 1), logs)})
+        length = min(map(len, logs))  # an update that was left out has none
+        plot_ranges(panel, {"grpo": (range(1, length + 1), [log[:length] for log in logs])})
         panel.set(xlabel="update", ylabel=f"reward term {term}, unweighted")
     page.savefig(path, dpi=120)
 

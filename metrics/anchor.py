@@ -11,9 +11,10 @@ if TYPE_CHECKING:
 
     from tracking.trajectory import Trajectory
 
-# Half the side of the compared patch in pixels, and the root mean square difference of pixels in [-1, 1] from which it
-# shows something else. Between what the shipped student blurs and the marks that a tracker follows: docs/rewards.md.
-RADIUS, FOREIGN = 3.0, 0.3
+# Half the sides of the compared patches in pixels, the touched spot and what trackers see around it; and the root mean
+# square difference of pixels in [-1, 1] from which they show something else. Between what the shipped student blurs and
+# the marks that a tracker follows: docs/rewards.md.
+RADII, FOREIGN = (3.0, 6.0), 0.3
 
 
 def touched(asked: Trajectory) -> Tensor:
@@ -23,16 +24,19 @@ def touched(asked: Trajectory) -> Tensor:
 
 def differences(video: Tensor, first: Tensor, asked: Trajectory) -> Tensor:
     """How far frame 0 is from the reference image under the touched points, `[B]`: the root mean square over a patch,
-    the largest of a sample's points; 0 without points.
+    the largest of both patches and of a sample's points; 0 without points.
 
     Args:
         video: `[B, 3, T, H, W]` in [-1, 1].
         first: the reference image `[B, 3, 1, H, W]`.
         asked: the drags, of `B` samples.
     """
+    import torch
+
     points = touched(asked)[:, :, None]
-    apart = patches(video[:, :, :1], points, RADIUS) - patches(first, points, RADIUS)
-    found = apart.square().mean((-1, -2)).sqrt()[..., 0].where(asked.presence[:, :, 0], 0)  # [B, K]
+    apart = [patches(video[:, :, :1], points, r) - patches(first, points, r) for r in RADII]
+    found = torch.cat([each.square().mean((-1, -2)).sqrt() for each in apart], -1)  # [B, K, radii]
+    found = found.where(asked.presence[:, :, :1], 0).flatten(1)
     return found.amax(1) if found.shape[1] else found.new_zeros(len(found))
 
 

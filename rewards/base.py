@@ -74,6 +74,11 @@ def check_weight(name: str, weight: float) -> None:
         raise ValueError(f"reward.{name}.weight must be finite, got {weight}")
 
 
+def are_metrics(found: object) -> bool:
+    """Whether these are numbers by name."""
+    return isinstance(found, dict) and all(isinstance(value, (int, float)) for value in found.values())
+
+
 def latent_frames(length: int) -> int:
     """Number of latent frames M of `length` pixel frames T = 1 + 4 (M - 1).
 

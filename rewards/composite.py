@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rewards.base import Reward, RewardContext, RewardFailed, RewardTerm, check_weight, latent_frames
+from rewards.base import Reward, RewardContext, RewardFailed, RewardTerm, are_metrics, check_weight, latent_frames
 
 if TYPE_CHECKING:
     from tensordict import TensorDict
@@ -142,7 +142,7 @@ def _check_shapes(result: object, shape: tuple[int, int]) -> None:
 
     if not isinstance(result, RewardTerm):
         raise RewardFailed(f"it returned {type(result).__name__}, not a RewardTerm")
-    if not isinstance(result.metrics, dict) or not all(isinstance(m, (int, float)) for m in result.metrics.values()):
+    if not are_metrics(result.metrics):
         raise RewardFailed("its metrics are not numbers by name")
     for name in ("value", "valid"):
         found, boolean = getattr(result, name), name == "valid"

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from rewards.base import RewardContext, RewardFailed, RewardTerm, check_weight, latent_frames
+from rewards.base import RewardContext, RewardFailed, RewardTerm, are_metrics, check_weight, latent_frames
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -300,10 +300,9 @@ def read_answer(body: bytes, samples: int, frames: int) -> RewardTerm:
     shapes = {tuple(tensor.shape) for tensor in tensors.values()}
     if shapes != {(samples, frames)}:
         raise ValueError(f"values of shape {sorted(shapes)}, expected ({samples}, {frames})")
-    metrics = text.get("metrics")
-    if not isinstance(metrics, dict) or not all(isinstance(value, (int, float)) for value in metrics.values()):
+    if not are_metrics(text.get("metrics")):
         raise ValueError("its metrics are not numbers by name")
-    return RewardTerm(tensors["value"].float(), tensors["valid"].bool(), metrics)
+    return RewardTerm(tensors["value"].float(), tensors["valid"].bool(), text["metrics"])
 
 
 def known_clip() -> tuple[Tensor, ClipBatch]:

@@ -17,7 +17,7 @@ from metrics.frechet import frechet_distance
 from metrics.intervals import Estimate, jackknife, of_mean
 from metrics.smoothness import smoothness
 from policies.sampler import generate
-from runtime.evaluation import EVALUATION_SEED, Judge, Sample, looks, motion_errors, position_totals, seen_errors
+from runtime.evaluation import EVALUATION_SEED, Judge, Sample, looks, motion_errors, position_totals
 
 if TYPE_CHECKING:
     from policies.actor import Actor
@@ -33,7 +33,7 @@ def by_clip(samples: Sequence[Sample], judge: Judge) -> dict[str, list[float]]:
     the tracker saw), `motion_visible` (the share it saw), `motion_consistency`, `smoothness`, `aesthetic`.
     """
     found = {name: [total / count] for name, (total, count) in position_totals(samples).items()}
-    found |= {"motion_error_px": [motion_errors(list(samples))], "epe_px": [seen_errors(samples)]}
+    found |= {"motion_error_px": [motion_errors(samples)], "epe_px": [motion_errors(samples, seen=True)]}
     found["smoothness"] = [smoothness(s.video, judge.interpolator) for s in samples]
     found["aesthetic"] = [looks(s, judge).nanmean(1) for s in samples]
     return {name: torch.cat(parts).tolist() for name, parts in found.items()}

@@ -128,25 +128,16 @@ def in_sight(clips: ClipBatch) -> Tensor:
     return clips.visible.int().cummin(dim=-1).values.bool()
 
 
-def motion_errors(samples: list[Sample]) -> Tensor:
-    """Motion error of each clip in px, `[clips]`, in the order of the clips; NaN where no asked point is in sight."""
+def motion_errors(samples: Sequence[Sample], seen: bool = False) -> Tensor:
+    """Motion error of each clip in px, `[clips]`, in the order of the clips; NaN where no position counts.
+
+    Over asked positions in sight, and with `seen` (EPE) over those of them that the tracker saw.
+    """
     return torch.cat(
         [
             per_clip(
                 endpoint_error(s.clips.trajectory, s.tracks),
-                counted(s.clips.trajectory, reference=in_sight(s.clips)),
-            )
-            for s in samples
-        ]
-    )
-
-
-def seen_errors(samples: Sequence[Sample]) -> Tensor:
-    """EPE of each clip in px, `[clips]`: `motion_errors` over the positions that the tracker saw; NaN where none."""
-    return torch.cat(
-        [
-            per_clip(
-                endpoint_error(s.clips.trajectory, s.tracks), counted(s.clips.trajectory, s.tracks, in_sight(s.clips))
+                counted(s.clips.trajectory, s.tracks if seen else None, in_sight(s.clips)),
             )
             for s in samples
         ]
@@ -209,7 +200,7 @@ def measure(samples: list[Sample], truth: list[Sample], judge: Judge) -> dict[st
         "motion_error_px": float(error.mean()),
         "motion_error_px_ci": of_mean(error.tolist()).half,
         "motion_error_px_median": float(error.median()),
-        "epe_px": float(seen_errors(samples).nanmean()),
+        "epe_px": float(motion_errors(samples, seen=True).nanmean()),
         **{name: float(total.sum() / count.sum()) for name, (total, count) in position_totals(samples).items()},
         "smoothness": float(torch.cat(smooth).mean()),
         "aesthetic": float(scores.nanmean()),

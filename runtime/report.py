@@ -20,6 +20,7 @@ SETS = ("before", "after", "truth")
 METRICS = {  # key: label, unit, which way is better
     "motion_error_px": ("Motion error", "px", "lower"),
     "motion_error_px_median": ("Motion error, median clip", "px", "lower"),
+    "epe_px": ("Motion error where seen", "px", "lower"),
     "motion_visible": ("Asked positions with the point in sight", "share", "higher"),
     "reward": ("Reward", "", "higher"),
     "motion_consistency": ("Motion consistency", "", "higher"),

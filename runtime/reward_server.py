@@ -63,14 +63,20 @@ def application(rewards: Composite, largest: int = 2**30) -> Starlette:
     turn = asyncio.Lock()
 
     async def score(request: Request) -> Response:
+        refused = PlainTextResponse(f"a request may have {largest} bytes", status_code=413)
+        said = request.headers.get("content-length", "")
+        if said.isdigit() and int(said) > largest:
+            return refused
         body = bytearray()
-        async for part in request.stream():  # its header need not say how much will come
+        async for part in request.stream():  # the header need not say how much will come
             body += part
             if len(body) > largest:
-                return PlainTextResponse(f"a request may have {largest} bytes", status_code=413)
+                return refused
+        whole = bytes(body)
+        body.clear()
         try:
             async with turn:
-                found = await asyncio.to_thread(total, rewards, bytes(body))
+                found = await asyncio.to_thread(total, rewards, whole)
         except ValueError as error:
             return PlainTextResponse(str(error), status_code=400)
         except RewardFailed as error:

@@ -157,9 +157,11 @@ def engines(settings: Settings) -> None:
 
 
 def trackers(settings: Settings) -> None:
-    """A tracker that rewards is cheated first; it cannot also be the judge."""
+    """A tracker that rewards is cheated first; it cannot also be the judge. In step 1 and in DPO from pairs nothing
+    rewards.
+    """
     require(
-        type(settings.tracker) is not type(settings.evaluation.tracker),
+        not _rewarded(settings) or type(settings.tracker) is not type(settings.evaluation.tracker),
         f"tracker and evaluation.tracker are both {_name(settings.tracker)}; the "
         f"one that evaluates must not be the one that "
         f"rewards: change one, such as tracker=ncc tracker@evaluation.tracker=lucas_kanade",
@@ -173,7 +175,7 @@ def trackers(settings: Settings) -> None:
 def scorers(settings: Settings) -> None:
     """Likewise for the tower that judges looks, however its folder is named."""
     judge, assets = settings.evaluation.scorer, settings.model.folder
-    named = [getattr(term, "model", None) for term in settings.reward.values()]
+    named = [getattr(term, "model", None) for term in settings.reward.values()] if _rewarded(settings) else []
     require(
         tower(assets, judge).resolve() not in [tower(assets, m).resolve() for m in named if isinstance(m, str)],
         f"evaluation.scorer={judge} is the model of a reward; the one that evaluates must not be the one that rewards: "
@@ -232,11 +234,6 @@ def step1(settings: Settings) -> None:
             settings.checkpoint is None or not getattr(stage, option, False),
             f"checkpoint={settings.checkpoint} has no effect with stage.{option}=true; take one of them out",
         )
-    require(
-        getattr(stage, "match", True) or type(settings.strategy).__name__ == "SelfRollout",
-        f"strategy={_name(settings.strategy)} has no effect with stage.match=false: it makes the clips of distribution "
-        "matching; take it out",
-    )
     for text in unused.changed(settings):
         raise ValueError(f"{text} has no effect here; {unused.instead(text.partition('=')[0], stage)}")
     wide = getattr(settings.strategy, "frames", 0)
@@ -287,6 +284,10 @@ def parts_of(samples: int, most: int = 64) -> str:
     """Return the divisors of `samples` up to `most`, as text."""
     found = [str(d) for d in range(1, min(samples, most) + 1) if samples % d == 0]
     return ", ".join(found[:-1]) + f" or {found[-1]}" if len(found) > 1 else found[0]
+
+
+def _rewarded(settings: Settings) -> bool:
+    return settings.stage is None or hasattr(settings.stage, "port")
 
 
 def _name(component: Any) -> str:

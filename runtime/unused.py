@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 CONF = Path(__file__).resolve().parents[1] / "conf"
 GROUPS = ("optimizer", "scoring", "saving", "alarms", "guard")
 CHOICES = ("algorithm", "schedule", "transition", "tracker")
-SERVED = ("reward.", "tracker.")  # what a service of rewards does read
+SERVED = ("tracker.",)  # what a service of rewards does read, beside the reward
 KEYS = ("rollout.prompts", "rollout.group_size", "rollout.history_gradient", "evaluation.every")
 # What offline DPO does read: it has an algorithm, which other rules look at, and re-scores with a history.
 PAIRS = ("algorithm.", "optimizer.", "rollout.history_gradient")
@@ -45,8 +45,11 @@ def defaults() -> dict[str, Any]:
 
 def changed(settings: Settings) -> list[str]:
     """Settings, as `key=value`, that differ from their defaults and have no effect without rollouts."""
-    read = PAIRS if hasattr(settings.stage, "criterion") else SERVED if hasattr(settings.stage, "port") else ()
-    found = [] if read is SERVED else _rewards(settings)
+    stage, served = settings.stage, hasattr(settings.stage, "port")
+    read = SERVED if served else PAIRS if hasattr(stage, "criterion") else ()
+    found = [] if served else _rewards(settings)
+    if not getattr(stage, "match", True):  # a strategy makes the clips of distribution matching
+        found += _differing("strategy", settings.strategy, choice("strategy", "self_rollout"))
     for key, default in defaults().items():
         group, _, leaf = key.partition(".")
         if read and key.startswith(read) and key != "optimizer.ema":
@@ -65,10 +68,18 @@ def _rewards(settings: Settings) -> list[str]:
     names = _names()["reward"].split("+")
     if set(settings.reward) != set(names):
         return [f"reward={'+'.join(settings.reward)}"]
-    leaves = {(name, key): value for name in names for key, value in choice("reward", name).items() if key != TARGET}
-    values = {(name, key): getattr(settings.reward[name], key, default) for (name, key), default in leaves.items()}
+    parts = ((name, settings.reward[name], choice("reward", name)) for name in names)
+    return [text for name, part, default in parts for text in _differing(f"reward.{name}", part, default)]
+
+
+def _differing(prefix: str, part: Any, default: dict[str, Any]) -> list[str]:
+    """Settings of a component, as `key=value`, that are not those of a choice."""
+    if f"{type(part).__module__}.{type(part).__qualname__}" != default[TARGET]:
+        return [f"{prefix}={type(part).__name__}"]
     return [
-        f"reward.{name}.{key}={values[name, key]}" for name, key in leaves if values[name, key] != leaves[name, key]
+        f"{prefix}.{key}={getattr(part, key)}"
+        for key, value in default.items()
+        if key != TARGET and getattr(part, key) != value
     ]
 
 

@@ -78,6 +78,17 @@ def stamper(seed: int, radius: float) -> Tensor:
     return video
 
 
+def wedges(seed: int, hole: float, radius: float) -> Tensor:
+    """Lets the object stand and carries a ring of black and white wedges along the path, from frame 0 on."""
+    video = render(STILL, seed=seed)
+    for t in range(17):
+        x, y = (PIXELS - PATH[t].round()).unbind(-1)
+        far = torch.maximum(x.abs(), y.abs())
+        ring = ((far > hole) & (far <= radius)).expand(3, -1, -1)
+        video[:, t][ring] = torch.sign(torch.sin(4 * torch.atan2(y, x) + 0.5)).expand(3, -1, -1)[ring]
+    return video
+
+
 # name: (video of a seed, where the touched point truly is, whether it can still be seen)
 CLIPS = {
     "honest": (lambda seed: render(OFF, seed=seed), OFF, True),
@@ -92,6 +103,8 @@ CLIPS = {
     "stamp 2": (lambda seed: stamper(seed, 2), STILL, True),
     "stamp 3": (lambda seed: stamper(seed, 3), STILL, True),
     "stamp 5": (lambda seed: stamper(seed, 5), STILL, True),
+    "ring": (lambda seed: wedges(seed, 3.5, 6.0), STILL, True),
+    "wide ring": (lambda seed: wedges(seed, 5.5, 8.0), STILL, True),
 }
 
 

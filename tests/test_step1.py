@@ -239,7 +239,8 @@ def test_distillation_into_adapters(model: Path, tmp_path: Path) -> None:
         (["reward=smoothness"], "reward=smoothness has no effect here; take it out"),
         (["reward.motion.profile=train"], "reward.motion.profile=train has no effect"),
         (["tracker.radius=3"], "tracker.radius=3 has no effect"),
-        (["stage.match=false", "strategy=self_forcing"], "strategy=SelfForcing has no effect with stage.match=false"),
+        (["stage.match=false", "strategy=self_forcing"], "strategy=SelfForcing has no effect"),
+        (["stage.match=false", "strategy.exit=per_frame"], "strategy.exit=per_frame has no effect"),
         (["stage.dmd.adversarial=0", "stage.dmd.r1=1"], "r1 and r2 have no effect"),
         (["stage.dmd.lr=0"], "stage.dmd.lr must be positive"),
         (["stage.ode.ema=1"], r"stage.ode.ema must lie in \[0, 1\), got 1"),
@@ -252,6 +253,11 @@ def test_bad_input_is_refused_before_anything_loads(
 ) -> None:
     with pytest.raises((ValueError, FileNotFoundError), match=words):
         plan("distill", model, tmp_path / "run", *DISTILL, *overrides)
+
+
+def test_where_nothing_rewards_every_judge_is_welcome(model: Path, tmp_path: Path) -> None:
+    judges = ["tracker@evaluation.tracker=ncc", "evaluation.scorer=aesthetic"]
+    plan("distill", model, tmp_path / "run", *DISTILL, *judges)
 
 
 def test_what_the_tables_run_is_not_refused(model: Path, tmp_path: Path) -> None:
