@@ -72,6 +72,8 @@ TABLES = {
     },
     "Re-noised steps": {"renoise": "training length", "renoise_long2": "2 x length", "renoise_long4": "4 x length"},
 }
+# Top of the figure, px: beyond it is the initial model, which does not follow the drag.
+HIGHEST = 13
 # Sampler: the probes whose error along the clip is drawn.
 CURVES = {"ODE steps": ("", *LONGER), "Re-noised steps": ("renoise", *(f"renoise_{name}" for name in LONGER))}
 
@@ -171,10 +173,13 @@ def draw(rows: list[Row], path: Path) -> None:
                 curves = [each["error_by_frame"] for each in measured_as(probe, members)] or [[]]
                 found[arm] = (range(1, len(curves[0]) + 1), curves)
             plot_ranges(axes, found)
+            axes.get_legend().remove()  # one for all panels, below them
             axes.axvline(FRAMES - 1, color="0.5", linestyle="--", linewidth=1)  # the end of the clips in training
             axes.set(title=f"{sampler}, {times} x the training length", xlabel="latent frame")
         line[0].set_ylabel("motion error, px")
-    panels[0][0].set_ylim(bottom=0)  # of all panels, once all is drawn
+    panels[0][0].set_ylim(0, HIGHEST)  # of all panels, once all is drawn
+    handles, arms = panels[0][0].get_legend_handles_labels()
+    page.legend(handles, arms, loc="outside lower center", ncols=len(arms), frameon=False)
     page.savefig(path, dpi=110)
 
 
