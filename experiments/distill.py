@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 def run(plan: Plan) -> None:
     """Train, evaluate, and write `transformer/`, `metrics.jsonl`, `evaluation.json` and a report into `run_dir`."""
+    from runtime.state import fingerprint
     from runtime.supervised import conclude, opened
 
     stage = plan.settings.stage
@@ -32,7 +33,7 @@ def run(plan: Plan) -> None:
             if stage.from_teacher:
                 session.episodes.networks.transformer.load_state_dict(teacher.state_dict())
         steps = sum(stage.steps(plan.settings.updates).values())
-        conclude(session, steps, lambda journal: train(session, teacher, journal), [teacher])
+        conclude(session, steps, lambda journal: train(session, teacher, journal), fingerprint(teacher))
 
 
 def train(session: Session, teacher: CausalWanTransformer3DModel, journal: Journal) -> Trained:

@@ -26,6 +26,7 @@ def run(plan: Plan) -> None:
         return
     from copy import deepcopy
 
+    from runtime.state import fingerprint
     from runtime.supervised import Trained, conclude, opened, timed
 
     with opened(plan) as session:
@@ -36,7 +37,7 @@ def run(plan: Plan) -> None:
             session,
             plan.settings.updates,
             lambda journal: Trained(network, learn(session, pairs, journal), encoding),
-            [deepcopy(network).requires_grad_(False)],  # DPO's reference are the weights that it begins with
+            fingerprint(deepcopy(network).requires_grad_(False)),  # DPO's reference: the weights that it begins with
         )
 
 

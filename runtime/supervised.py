@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
@@ -16,8 +16,6 @@ from runtime.lock import FolderLock
 from runtime.signals import StopFlag, Stopped
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from policies.causal_dit import CausalWanTransformer3DModel
     from runtime.journal import Journal
     from runtime.session import Session
@@ -63,9 +61,7 @@ def timed(make: Callable[[], Made]) -> tuple[Made, float]:
     return make(), time.perf_counter() - began
 
 
-def conclude(
-    session: Session, steps: int, train: Callable[[Journal], Trained], guides: Sequence[nn.Module] = ()
-) -> None:
+def conclude(session: Session, steps: int, train: Callable[[Journal], Trained], guides: str = "") -> None:
     """Train a session's transformer; write `transformer/` (diffusers' layout), `evaluation.json`, videos and report.
 
     Args:
@@ -74,7 +70,7 @@ def conclude(
         steps: that training takes.
         train: trains; what it is given takes its rows of `metrics.jsonl`, and has a folder for its state, where with
             `resume=true` it finds what an interrupted run left.
-        guides: networks that training asks and does not change, such as a teacher.
+        guides: hash of the networks that training asks and does not change, such as a teacher.
 
     Raises:
         SetupError: the run that is gone on with had other weights that do not train.
@@ -89,13 +85,14 @@ def conclude(
     if (folder / RESULT).is_file():
         print(f"done already: {folder / RESULT}")
         return
+    frozen = f"{session.base}-{guides}"
     with setup_phase():
-        _same_weights(session, guides)
+        _same_weights(session, frozen)
     began = time.time()
     with Journal(session, steps) as journal:
         write_config(session)
         journal.progress.phase("evaluation")
-        before = journal.before = _begin(session, guides)
+        before = journal.before = _begin(session, frozen)
         journal.progress.phase("training")
         trained = train(journal)
         session.episodes.networks.transformer.load_state_dict(trained.network.state_dict())
@@ -123,31 +120,24 @@ def conclude(
         )
 
 
-def _frozen(session: Session, guides: Sequence[nn.Module]) -> str:
-    """Hash of all weights that do not train, of the session's networks and of the guides."""
-    from runtime.state import fingerprint
-
-    return f"{session.base}-{fingerprint(*guides)}"
-
-
-def _same_weights(session: Session, guides: Sequence[nn.Module]) -> None:
+def _same_weights(session: Session, frozen: str) -> None:
     """Refuse to go on with a run whose weights that do not train have changed since."""
     note = session.run_dir / BEGUN
     kept = json.loads(note.read_text()).get("frozen") if note.is_file() else None  # older notes do not say
-    if kept not in (None, _frozen(session, guides)):
+    if kept not in (None, frozen):
         raise ValueError(
             f"resume=true: the weights that do not train are not those that the run in {session.run_dir} began with; "
             "put the files of model and teacher back, or choose another run_dir"
         )
 
 
-def _begin(session: Session, guides: Sequence[nn.Module]) -> dict[str, float]:
+def _begin(session: Session, frozen: str) -> dict[str, float]:
     """Measure the starting weights, or read what the run that is gone on with measured."""
     note = session.run_dir / BEGUN
     if note.is_file():
         return dict(json.loads(note.read_text())["before"])
     note.parent.mkdir(parents=True, exist_ok=True)
     before, _ = session.evaluate()
-    begun = {"identity": identity(session.config), "frozen": _frozen(session, guides), "before": before}
+    begun = {"identity": identity(session.config), "frozen": frozen, "before": before}
     replace_text(note, json.dumps(begun))
     return before
