@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from algorithms.distillation.finetune import velocity
 from algorithms.distillation.losses import (
@@ -24,7 +23,7 @@ from algorithms.distillation.rollouts import Generated, Judged, Student, judged
 from algorithms.distillation.scores import Discriminator, predict_x0
 from algorithms.distillation.settings import DMD
 from algorithms.distillation.warmup import Teacher
-from algorithms.pretraining.loop import Interrupted, Record, Stopwatch, keep, never, restore, unrecorded
+from algorithms.pretraining.loop import Interrupted, Record, Stopwatch, descend, keep, never, restore, unrecorded
 from policies.causal_dit import CausalWanTransformer3DModel
 from policies.ema import EMA, averaged
 
@@ -87,7 +86,7 @@ class DistributionMatching:
         made = self.strategy(student)
         noise = Noise.draw(made.x0, (self.seed, 11, draw), self.settings.shift)
         loss, metrics = self._generator_loss(student, made, noise)
-        norm = self._descend(loss, self.weights, self.optimizers[0])
+        norm = descend(loss, self.weights, self.optimizers[:1], self.settings.clip, "dmd: a gradient")
         self.ema.update()
         return {"loss": float(loss.detach()), "grad_norm": norm, **metrics}
 
@@ -98,7 +97,7 @@ class DistributionMatching:
             made = self.strategy(student)
         noise = Noise.draw(made.x0, (self.seed, 12, draw), self.settings.shift)
         loss, metrics = self._critic_loss(student, made, noise, draw)
-        norm = self._descend(loss, self.critics, self.optimizers[1])
+        norm = descend(loss, self.critics, self.optimizers[1:], self.settings.clip, "dmd: a gradient")
         return {"critic_loss": float(loss.detach()), "critic_grad_norm": norm, **metrics}
 
     def _generator_loss(self, student: Student, made: Generated, noise: Noise) -> tuple[Tensor, Metrics]:
@@ -138,16 +137,6 @@ class DistributionMatching:
                 penalty, more = gradient_penalty(before, after, s.penalty_std)
                 loss, metrics = loss + weight * penalty, {**metrics, name: more["gradient_penalty"]}
         return loss, metrics
-
-    def _descend(self, loss: Tensor, weights: Iterable[nn.Parameter], optimizer: torch.optim.Optimizer) -> float:
-        """Take a step; returns the norm of the gradient before clipping."""
-        optimizer.zero_grad()
-        loss.backward()
-        norm = float(torch.nn.utils.clip_grad_norm_(weights, self.settings.clip))
-        if not math.isfinite(norm):
-            raise FloatingPointError("dmd: a gradient is not finite; the weights are those of the step before")
-        optimizer.step()
-        return norm
 
     def train(
         self,

@@ -134,7 +134,7 @@ def optimise(
         loss, extra = loss_of(step)
         value = float(loss.detach())  # a GPU has computed the loss, not just been asked to, before its seconds are read
         watch.lap("loss")
-        norm = _descend(loss, weights, steppers, fit.clip, f"{name}: the gradient of step {step}")
+        norm = descend(loss, weights, steppers, fit.clip, f"{name}: the gradient of step {step}")
         if ema is not None:
             ema.update()
         watch.lap("update")
@@ -147,17 +147,22 @@ def optimise(
     return time.perf_counter() - started
 
 
-def _descend(loss: Tensor, weights: list[nn.Parameter], steppers: list[Optimizer], clip: float, name: str) -> float:
-    """Take a step down the gradient of a loss; its norm before clipping."""
+def descend(loss: Tensor, weights: list[nn.Parameter], steppers: list[Optimizer], clip: float, name: str) -> float:
+    """Take a step down the gradient of a loss; its norm before clipping.
+
+    Raises:
+        FloatingPointError: the norm is not finite; `name` says whose.
+    """
     import torch
 
+    for optimizer in steppers:
+        optimizer.zero_grad()
     loss.backward()
     norm = float(torch.nn.utils.clip_grad_norm_(weights, clip))
     if not math.isfinite(norm):
         raise FloatingPointError(f"{name} is not finite; the weights are as before it")
     for optimizer in steppers:
         optimizer.step()
-        optimizer.zero_grad()
     return norm
 
 
