@@ -53,7 +53,7 @@ def configured(
         with initialize_config_dir(str(CONF), version_base="1.3"):
             cfg = compose(experiment, [*where, *overrides])
         settings = schema.build(Settings, plain(cfg))
-        validate(cfg)
+        validate(cfg, experiment)
         if processes and settings.stage is None:
             split(settings.rollout.prompts, processes)
     except (HydraException, ValueError, OSError) as error:

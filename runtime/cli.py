@@ -136,7 +136,8 @@ class _Job:
             try:
                 with setup_phase():
                     cfg.run_dir = self._folder(cfg)
-                    plan = validate(self.prepare(cfg, HydraConfig.get().overrides.task))
+                    cfg = self.prepare(cfg, HydraConfig.get().overrides.task)
+                    plan = validate(cfg, self.config_name)
                     plan = replace(plan, started=self.started)
                 self.run(plan)
             except SetupError as error:

@@ -21,6 +21,8 @@ from runtime.settings import Settings
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
+# Experiments that take no gradients.
+MEASURE = ("evaluate", "export", "serve")
 # What a checkpoint's config decides for whoever measures it.
 TRAINED = ("model", "adaptation", "world", "rollout")
 FOLLOWS = "${pixel_frames:${rollout.frames}}"
@@ -44,8 +46,12 @@ class Plan:
     started: float = STARTED
 
 
-def validate(cfg: DictConfig) -> Plan:
+def validate(cfg: DictConfig, experiment: str = "train") -> Plan:
     """Check a composed config and build its components. Loads no network, no clip and no torch.
+
+    Args:
+        cfg: composed.
+        experiment: that it is for, by the name of its primary config.
 
     Raises:
         ValueError: one line with the key and the fix.
@@ -53,7 +59,7 @@ def validate(cfg: DictConfig) -> Plan:
     """
     config = plain(cfg)
     settings: Settings = schema.build(Settings, config)
-    rules.check(settings)
+    rules.check(settings, trains=experiment not in MEASURE)
     if settings.checkpoint is not None:
         _same_model(Path(settings.checkpoint), config)
     settings.model.check(settings.rollout.frames)

@@ -22,16 +22,22 @@ from runtime.team import ranks
 _DRY_FRAMES = 1024
 
 
-def check(settings: Settings) -> None:
+def check(settings: Settings, trains: bool = True) -> None:
     """Apply every rule.
+
+    Args:
+        settings: what is asked for.
+        trains: whether the experiment takes gradients; one that measures, exports or serves does without the rules of
+            learning.
 
     Raises:
         ValueError: settings that contradict each other.
         FileNotFoundError: a file or folder that does not exist.
     """
     rl, stages = (groups, minibatches, stochasticity, alarms), (step1, preferences)
-    learning = rl if settings.stage is None else stages
-    for rule in (*learning, precision, engines, trackers, scorers, frames, sizes, clips, run_folder):
+    learning = (*(rl if settings.stage is None else ()), precision) if trains else ()
+    own = stages if settings.stage is not None else ()
+    for rule in (*own, *learning, engines, trackers, scorers, frames, sizes, clips, run_folder):
         rule(settings)
 
 
@@ -66,14 +72,13 @@ def minibatches(settings: Settings) -> None:
 
 def precision(settings: Settings) -> None:
     """Rounding of bfloat16 weights loses small updates. Copies that an engine keeps in float32 would not be in a
-    checkpoint, which holds the weights themselves. Where rewards are served nothing trains.
+    checkpoint, which holds the weights themselves.
     """
-    stage = settings.stage
-    if getattr(settings.model, "precision", "float32") != "bfloat16" or hasattr(stage, "port"):
+    if getattr(settings.model, "precision", "float32") != "bfloat16":
         return
     instead = "model.precision=float32 engine.precision=bf16"
     require(
-        not getattr(stage, "match", False),
+        not getattr(settings.stage, "match", False),
         "model.precision=bfloat16 rounds most of an update away, and distribution matching trains all weights of the "
         f"fake score; use {instead}",
     )

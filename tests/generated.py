@@ -157,7 +157,7 @@ def outcome(primary: str, line: list[str]) -> Outcome:
     began = time.process_time()
     try:
         check(line)
-        plan, refusal = validate(compose(primary, line)), ""
+        plan, refusal = validate(compose(primary, line), primary), ""
     except (HydraException, ValueError, OSError) as error:
         plan, refusal = None, readable(error, partial(known, primary))
     return Outcome(plan, refusal, time.process_time() - began)

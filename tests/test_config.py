@@ -102,7 +102,7 @@ def test_every_choice_composes_validates_builds_and_is_explained(group: str, cho
 
 @pytest.mark.parametrize("primary", PRIMARIES)
 def test_every_primary_validates(primary: str) -> None:
-    assert isinstance(validate(compose(primary)).settings, Settings)
+    assert isinstance(validate(compose(primary), primary).settings, Settings)
 
 
 # nothing is changed silently

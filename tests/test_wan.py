@@ -195,6 +195,14 @@ def test_bfloat16_weights_do_not_train() -> None:
         validate(compose("grpo", [*names, *fine]))
 
 
+@pytest.mark.parametrize("primary", ["evaluate", "export"])
+def test_but_they_are_measured_and_exported_as_they_are(primary: str) -> None:
+    names = ["model=wan2.1_1.3b", "model.random=true", "world.sizes=[32x32]"]
+    assert validate(compose(primary, names), primary).settings.adaptation.kind != "lora"
+    with pytest.raises(ValueError, match=r"model\.precision=bfloat16 rounds most of an update"):
+        validate(compose(primary, names))
+
+
 STEP1 = ["model=wan2.1_1.3b", "model.image_frames=none", "world.sizes=[32x32]", "stage.pool=256"]
 
 
