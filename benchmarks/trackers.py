@@ -25,7 +25,7 @@ from runtime.episodes import fixed_clips
 from tracking.cotracker3 import CoTracker3
 from tracking.lucas_kanade import LucasKanade
 from tracking.ncc import NCC
-from tracking.trackers import Tracker
+from tracking.trackers import Tracker, make_ready
 
 RESULTS = Path(__file__).resolve().parent / "results"
 # Real clips: size they are shrunk to, length of a window, and points of the grid that is followed.
@@ -39,6 +39,7 @@ def known(tracker: Tracker, clips: int, split: str = "heldout") -> dict[str, flo
         `median_px`, `within_1px`, `within_3px` where the point can be seen in the clip; `precision` and `recall` of
         the tracker's "visible"; `ms`: per clip, one thread.
     """
+    make_ready(tracker, "cpu")  # loading is not tracking
     batches = fixed_clips(Sprites(), split, clips)
     errors, seen, truth, seconds = [], [], [], 0.0
     for batch in batches:

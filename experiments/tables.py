@@ -163,10 +163,10 @@ def table(rows: list[Row], titles: Mapping[str, tuple[str, ...]]) -> str:
 
 def _cell(members: list[Row], key: str) -> str:
     """Mean ± standard deviation over seeds; of one policy its value (± half a 95 % interval over clips)."""
-    known, digits = [m["intervals"][key] for m in members], DIGITS.get(key, 3)
-    if len(known) > 1:
-        return spread([each["value"] for each in known], key)
-    return f"{known[0]['value']:.{digits}f} (± {known[0]['half']:.{digits}f})"
+    values, digits = [float(m["after"][key]) for m in members], DIGITS.get(key, 3)
+    if len(values) > 1:
+        return spread(values, key)
+    return f"{values[0]:.{digits}f} (± {members[0]['intervals'][key]['half']:.{digits}f})"
 
 
 def text_of(rows: list[Row]) -> str:

@@ -57,7 +57,7 @@ class Aesthetic:
 
         folder = tower(context.assets, self.model)
         vision = ClipVision(folder).to(context.device)
-        path = Path(self.head) if self.head else folder / "head.safetensors"
+        path = Path(self.head).expanduser() if self.head else folder / "head.safetensors"
         w, b = load_head(path, self.sha256)
         if w.shape[0] != vision.width:
             raise ValueError(f"{path} scores embeddings of {w.shape[0]} dimensions but {folder} gives {vision.width}")

@@ -129,11 +129,12 @@ class Composite:
             warnings.warn(f"reward {name} failed and is left out: {reason}")
             nothing = video.new_zeros(shape)
             return RewardTerm(nothing, nothing.bool(), {"failed": 1.0})
-        valid = result.valid & result.value.isfinite()
+        value = result.value.float()  # beyond float32's range is not finite either
+        valid = result.valid & value.isfinite()
         lost = int((~valid).any(1).sum())
         if stop and lost:
             raise RewardFailed(f"reward {name} is invalid for {lost} of {len(valid)} samples")
-        return RewardTerm(result.value.where(valid, 0), valid, {**result.metrics, "failed": lost / len(valid)})
+        return RewardTerm(value.where(valid, 0), valid, {**result.metrics, "failed": lost / len(valid)})
 
 
 def _check_shapes(result: object, shape: tuple[int, int]) -> None:

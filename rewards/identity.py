@@ -56,7 +56,7 @@ class Identity:
         asked = batch.trajectory.to(video.device)
         counts = counted(asked)
         points, first = touched(asked), batch.video[:, :, :1].to(video)
-        tracks = tracker.track(anchored(video, first, asked)[0], points)
+        tracks = tracker.track(anchored(video, first, asked, tracker)[0], points)
         now = patches(video, tracks.xy, self.radius)
         similarity = ssim(now, patches(first, points[:, :, None], self.radius))
         finite = finite_samples(video)

@@ -92,7 +92,7 @@ class Motion:
                 f"{asked.num_frames} frames of {asked.height}x{asked.width}"
             )
         counts = counted(asked)
-        shown, foreign = anchored(video, batch.video[:, :, :1].to(video), asked)
+        shown, foreign = anchored(video, batch.video[:, :, :1].to(video), asked, tracker)
         tracks = self._follow(tracker, shown, touched(asked))
         alpha, scale = self.constants
         finite = finite_samples(video)
@@ -100,13 +100,13 @@ class Motion:
         value = per_latent_mean(gain.where(tracks.visible, 0), counts)
         valid = (finite[:, None] & value.isfinite()).contiguous()
         rest = counts & finite[:, None, None]
-        static = drag_score(asked, asked.xy[:, :, :1].expand_as(asked.xy), alpha, scale)
+        static = per_latent_mean(drag_score(asked, asked.xy[:, :, :1].expand_as(asked.xy), alpha, scale), counts)
         metrics = {
             "error_px": _mean((tracks.xy - asked.xy).norm(dim=-1), rest & tracks.visible),
             "clipped": _mean((gain == 0).float(), rest & tracks.visible),
             "visible": _mean(tracks.visible.float(), rest),
             "foreign": float(foreign.float().mean()),
-            "static": _mean(static, rest),
+            "static": _mean(static, valid),
         }
         return RewardTerm(value.where(valid, 0), valid, metrics)
 

@@ -87,7 +87,7 @@ class Remote:
         object.__setattr__(self, "_breaker", Breaker(self.breaker, self.cooldown))
 
     def prepare(self, context: RewardContext) -> None:
-        """Check the service's health: it must score a known clip, and the same twice.
+        """Check the service's health: it must score a known clip, and the same twice, but for rounding.
 
         Raises:
             ValueError: it does not answer, or not as a reward service does, or cannot score.
@@ -99,7 +99,7 @@ class Remote:
             raise ValueError(f"reward.remote.url={self.url}: {error}; start it with experiments/serve.py") from error
         if not (first.valid.all() and first.value.isfinite().all()):
             raise ValueError(f"reward.remote.url={self.url}: does not score a known clip; its own messages say why")
-        if not first.value.equal(second.value):
+        if not first.value.isclose(second.value, rtol=1e-3, atol=1e-4).all():
             raise ValueError(f"reward.remote.url={self.url}: scores one clip differently when asked twice")
 
     def score(self, video: Tensor, batch: ClipBatch) -> RewardTerm:
@@ -152,6 +152,8 @@ def _is_address(url: str) -> bool:
     """Whether `url` names a host, and how to reach it over HTTP."""
     from urllib.parse import urlsplit
 
+    if not url.isprintable() or " " in url:
+        return False
     try:
         parts = urlsplit(url)
         return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0

@@ -52,7 +52,7 @@ class Watch:
     def _learn(self, metrics: Mapping[str, Any]) -> None:
         for name in WORDS:
             values, value = self._first.setdefault(name, []), metrics.get(f"{SIGN}{name}")
-            if isinstance(value, float) and len(values) < self.settings.warmup:
+            if isinstance(value, float) and math.isfinite(value) and len(values) < self.settings.warmup:
                 values.append(value)
 
 

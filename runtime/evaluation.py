@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 # Part of every evaluation's identity: all runs, whatever their seed, are measured on the same noise.
 EVALUATION_SEED = 2_000_000_011
 BATCH = 32
+# Clips that a tracker takes at a time: at full size a handful fills a device.
+TRACKED = 4
 
 
 class Judge:
@@ -58,7 +60,7 @@ class Judge:
         interpolator: Interpolator | None = None,
     ) -> None:
         make_ready(tracker, device)
-        self.tracker = tracker
+        self.tracker, self.device = tracker, device
         self.features = extractor or ClipFeatures(model=scorer, label=f"tiny-clip:{scorer}")
         self.features.prepare(assets, device)
         self.interpolator: Interpolator = interpolator or Linear()
@@ -66,14 +68,26 @@ class Judge:
         self.aesthetic = Aesthetic(model=scorer)
         self.aesthetic.prepare(RewardContext(device, tracker, assets))
 
+    def track(self, video: Tensor, queries: Tensor) -> Tracks:
+        """Follow points on the judge's device, a few clips at a time; see `Tracker.track`."""
+        parts = [
+            self.tracker.track(clips.to(self.device), points.to(self.device))
+            for clips, points in zip(video.split(TRACKED), queries.split(TRACKED), strict=True)
+        ]
+        columns = [(part.xy, part.visible, part.confidence) for part in parts]
+        return Tracks(*(torch.cat(column).to(video.device) for column in zip(*columns, strict=True)))
+
 
 @dataclass(frozen=True)
 class Sample:
-    """Videos `[B, 3, T, H, W]` generated for clips, and where the judge found the touched points."""
+    """Videos `[B, 3, T, H, W]` generated for clips, and where the judge found the touched points; from the reference
+    image on where frame 0 is `foreign [B]` bool (`metrics.anchor`).
+    """
 
     video: Tensor
     clips: ClipBatch
     tracks: Tracks
+    foreign: Tensor
 
 
 def sample(
@@ -115,8 +129,8 @@ def divergence(actor: Actor, initial: Actor, episodes: Episodes, clips: list[Cli
 
 def follow(video: Tensor, clips: ClipBatch, judge: Judge) -> Sample:
     """Track the touched points of `clips` through `video`."""
-    shown, _ = anchored(video, clips.video[:, :, :1].to(video), clips.trajectory)
-    return Sample(video, clips, judge.tracker.track(shown, clips.trajectory.xy[:, :, 0]))
+    shown, foreign = anchored(video, clips.video[:, :, :1].to(video), clips.trajectory, judge.tracker)
+    return Sample(video, clips, judge.track(shown, clips.trajectory.xy[:, :, 0]), foreign)
 
 
 def in_sight(clips: ClipBatch) -> Tensor:
@@ -188,8 +202,9 @@ def measure(samples: list[Sample], truth: list[Sample], judge: Judge) -> dict[st
         `motion_error_px` (mean over clips of the distance between asked and tracked path where the point is in sight)
         with `motion_error_px_ci` (half-width of its 95 % interval over clips), `motion_error_px_median` (of the clips),
         `epe_px` (the same mean over what the tracker saw), `motion_visible` and `motion_consistency` (see
-        `position_totals`), `smoothness` (VBench's, with the judge's interpolator), `aesthetic` (judge's scorer),
-        `frechet` (frames) and `frechet_video`, both to the true clips.
+        `position_totals`), `foreign` (share of clips that were followed from the reference image), `smoothness`
+        (VBench's, with the judge's interpolator), `aesthetic` (judge's scorer), `frechet` (frames) and `frechet_video`,
+        both to the true clips.
     """
     smooth = [smoothness(s.video, judge.interpolator) for s in samples]
     scores = torch.cat([looks(s, judge).flatten() for s in samples])
@@ -202,6 +217,7 @@ def measure(samples: list[Sample], truth: list[Sample], judge: Judge) -> dict[st
         "motion_error_px_median": float(error.median()),
         "epe_px": float(motion_errors(samples, seen=True).nanmean()),
         **{name: float(total.sum() / count.sum()) for name, (total, count) in position_totals(samples).items()},
+        "foreign": float(torch.cat([s.foreign for s in samples]).double().mean()),
         "smoothness": float(torch.cat(smooth).mean()),
         "aesthetic": float(scores.nanmean()),
         "frechet": frechet_distance(frames[0][0], frames[1][0]),

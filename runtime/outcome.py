@@ -141,7 +141,8 @@ class Outcome:
         found = load_file(self._samples(update, size))
         clips = self.session.truth[size].clips.select(range(len(found["video"])))
         seen = torch.ones(found["tracks"].shape[:-1])
-        return Sample(found["video"], clips, Tracks(found["tracks"], seen.bool(), seen))
+        # shown, not measured: what was seen and where tracking began is not kept
+        return Sample(found["video"], clips, Tracks(found["tracks"], seen.bool(), seen), torch.zeros(len(clips)).bool())
 
     def _keep(self, samples: list[Sample], update: int) -> None:
         """Save the shown samples' videos and tracks, so that a report can be made from the folder alone.

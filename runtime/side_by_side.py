@@ -13,6 +13,7 @@ from typing import Any
 
 from runtime import verdict
 from runtime.cells import markdown
+from runtime.identity import differences, flatten
 
 METRICS = {  # key: heading, digits
     "motion_error_px": ("motion error (ObjMC), px", 3),
@@ -50,7 +51,7 @@ def read(folders: Sequence[Path]) -> dict[str, dict[str, Any]]:
 
     Raises:
         FileNotFoundError: a folder holds no evaluation.
-        ValueError: they are not of the same clips, tracker, extractor and interpolator.
+        ValueError: they are not of the same clips and length, tracker, scorer, extractor and interpolator.
     """
     names = [folder.name for folder in folders]
     names = names if len(set(names)) == len(names) else [str(folder) for folder in folders]
@@ -67,7 +68,17 @@ def read(folders: Sequence[Path]) -> dict[str, dict[str, Any]]:
         for key in ("names", "tracker", "extractor", "interpolator"):
             if other[key] != first[key]:
                 raise ValueError(f"{names[0]} and {name} were measured with other {key}; they cannot be compared")
+        apart = differences(conditions(first), conditions(other))
+        if apart:
+            raise ValueError(f"{names[0]} and {name} were not measured alike: {'; '.join(apart)}")
     return found
+
+
+def conditions(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of an evaluation that decide what is measured, and how, whatever the policy."""
+    config = evaluation["config"]
+    judges = {key: config["evaluation"][key] for key in ("tracker", "scorer")}
+    return flatten({"world": config["world"], "rollout": {"frames": config["rollout"]["frames"]}, "evaluation": judges})
 
 
 def label(evaluation: Mapping[str, Any]) -> str:

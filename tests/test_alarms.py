@@ -71,6 +71,13 @@ def test_a_resumed_run_compares_with_the_same_first_updates() -> None:
     assert whole.check(later) == resumed.check(later) == {"alarm/edges": pytest.approx(3.0 / 1.1)}
 
 
+def test_a_number_that_is_not_finite_is_no_base_to_compare_with() -> None:
+    watch = Watch(Alarms(warmup=2))
+    for value in (1.0, float("nan"), 1.0):
+        assert not watch.check({"signs/edges": value})
+    assert watch.check({"signs/edges": 3.0}) == {"alarm/edges": pytest.approx(3.0)}
+
+
 def test_alarms_in_words() -> None:
     assert sentences({"alarm/edges": 2.5, "alarm/kl": 0.21, "kl": 0.21}) == ["edges x 2.50", "KL 0.21"]
     rows = [{"step": 3, "alarm/edges": 2.0}, {"step": 4, "alarm/edges": 2.0, "alarm/kl": 1.0}, {"step": 5}]

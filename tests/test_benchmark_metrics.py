@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,7 @@ def samples() -> list[Sample]:
     seen = torch.ones(3, 1, 9, dtype=torch.bool)
     seen[1, :, 3:] = False
     tracks = Tracks(path.expand(3, 1, 9, 2).clone(), seen, seen.float())
-    return [Sample(batch.video, replace(batch, visible=visible), tracks)]
+    return [Sample(batch.video, replace(batch, visible=visible), tracks, torch.tensor([False, True, False]))]
 
 
 def test_motion_consistency_is_one_estimate_with_its_own_interval() -> None:
@@ -275,6 +276,14 @@ def test_only_the_same_clips_are_compared(evaluations: list[Path], tmp_path: Pat
         (tmp_path / key).mkdir()
         (tmp_path / key / "evaluation.json").write_text(json.dumps({**found, key: value}))
         with pytest.raises(ValueError, match=f"other {key}"):
+            read([evaluations[0], tmp_path / key])
+    for key in ("world.seed", "rollout.frames", "evaluation.scorer", "evaluation.tracker.window"):
+        other = json.loads(json.dumps(found))
+        *parents, leaf = key.split(".")
+        reduce(dict.__getitem__, parents, other["config"])[leaf] = 7
+        (tmp_path / key).mkdir()
+        (tmp_path / key / "evaluation.json").write_text(json.dumps(other))
+        with pytest.raises(ValueError, match=rf"0 and {key} were not measured alike: {key}: \S+ -> 7"):
             read([evaluations[0], tmp_path / key])
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "evaluation.json").write_text("{}")

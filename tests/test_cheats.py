@@ -98,6 +98,7 @@ CLIPS = {
     "texture": (texture_destroyer, PATH, False),
     "pixel": (lambda seed: pixel_mover(seed, 0.8), STILL, True),
     "patch": (lambda seed: pixel_mover(seed, 1.5), STILL, True),
+    "carried": (lambda seed: pixel_mover(seed, 3.0), STILL, True),
     "dot from 0": (lambda seed: dot_painter(seed, 0), STILL, True),
     "texture from 0": (lambda seed: texture_destroyer(seed, 0), PATH, False),
     "stamp 2": (lambda seed: stamper(seed, 2), STILL, True),
@@ -143,7 +144,7 @@ def score(name: str, tracker: str, seed: int, profile: str, support: int, with_l
 def apart(name: str, seed: int) -> float:
     """How far frame 0 is from the true one under the touched point."""
     video, true = CLIPS[name][0](seed)[None], render(PATH, seed=seed)[None]
-    return float(differences(video, true[:, :, :1], asking(PATH).trajectory))
+    return float(differences(video, true[:, :, :1], asking(PATH).trajectory, NCC().reach(32, 32)))
 
 
 def table() -> str:
@@ -172,14 +173,14 @@ def test_an_honest_mover_beats_every_cheat(tracker: str, support: int, profile: 
 def test_a_frame_0_that_shows_something_else_is_not_where_tracking_starts() -> None:
     video = torch.cat([CLIPS[name][0](0)[None] for name in ("honest", "stamp 5", "dot")])
     first, asked = render(PATH)[None, :, :1].repeat(3, 1, 1, 1, 1), asking(PATH).repeat(3)
-    off = differences(video, first, asked.trajectory)
+    off = differences(video, first, asked.trajectory, NCC().reach(32, 32))
     assert off[0] == off[2] == 0 and off[1] > FOREIGN
-    shown, foreign = anchored(video, first, asked.trajectory)
+    shown, foreign = anchored(video, first, asked.trajectory, NCC())
     assert foreign.tolist() == [False, True, False]
     assert torch.equal(shown[1, :, 0], first[1, :, 0]) and torch.equal(shown[1, :, 1:], video[1, :, 1:])
     assert torch.equal(shown[::2], video[::2])
     away_then = replace(asked.trajectory, presence=torch.zeros_like(asked.trajectory.presence))
-    assert not differences(video, first, away_then).any(), "a track that begins later has no touched point"
+    assert not differences(video, first, away_then, 6).any(), "a track that begins later has no touched point"
 
 
 if __name__ == "__main__":

@@ -274,6 +274,8 @@ def test_what_a_service_calls_invalid_is_invalid() -> None:
         ({"url": "localhost:8000"}, "must be an address such as http"),
         ({"url": "http://127.0.0.1:80a"}, "must be an address such as http"),
         ({"url": "http://[::1"}, "must be an address such as http"),
+        ({"url": "http://\x7fhost:80"}, "must be an address such as http"),
+        ({"url": "http://my host:80"}, "must be an address such as http"),
         ({"deadline": 0.0}, "deadline must be positive"),
         ({"breaker": 0}, "breaker at least 1"),
     ],

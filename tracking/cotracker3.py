@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 HUB = "https://huggingface.co/facebook/cotracker3/resolve/main/scaled_{mode}.pth"
+# Short edge that clips are brought to, and half of what the finest level of its correlations sees there, pixels.
+SHORT_EDGE, SEEN = 384, 14
 # Frames of the windows that the published weights were trained with.
 WINDOWS = {"offline": 60, "online": 16}
 
@@ -67,6 +69,10 @@ class CoTracker3:
             ValueError: the file's weights are not of this mode.
         """
         self._loaded(device)
+
+    def reach(self, height: int, width: int) -> float:
+        """See `Tracker.reach`: the finest level of its correlations."""
+        return max(1.0, SEEN * min(height, width) / SHORT_EDGE)
 
     def track(self, video: Tensor, queries: Tensor) -> Tracks:
         """Follow points; see `Tracker.track`, but not causal. Non-finite pixels count as grey."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,10 @@ class LucasKanade:
         if not -1 <= self.similarity <= 1:
             raise ValueError(f"tracker.similarity must be in [-1, 1], got {self.similarity}")
 
+    def reach(self, height: int, width: int) -> float:
+        """See `Tracker.reach`: the matching window of the full size."""
+        return math.ceil(self.window / 2 / self._scale(height, width))
+
     def track(self, video: Tensor, queries: Tensor) -> Tracks:
         """Follow points; see `Tracker.track`. Runs on the CPU, clip by clip."""
         import numpy as np
@@ -60,12 +65,16 @@ class LucasKanade:
         xy, visible, confidence = (torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True))
         return Tracks(xy.to(queries.device), visible.to(queries.device), confidence.to(queries.device))
 
+    def _scale(self, height: int, width: int) -> int:
+        """How many times frames are enlarged."""
+        return max(1, -(-self.short_edge // min(height, width)))
+
     def _clip(self, clip: np.ndarray, start: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Track `start [K, 2]` through a clip `[T, H, W, 3]` uint8: `[K, T, 2]`, `[K, T]`, `[K, T]`."""
         import numpy as np
 
         length, height, width = clip.shape[:3]
-        scale = max(1, -(-self.short_edge // min(height, width)))
+        scale = self._scale(height, width)
         # the centre of pixel i lies at scale * (i + 0.5) - 0.5 of the enlarged frame
         images = [_enlarged(frame, scale) for frame in clip]
         origin = ((start + 0.5) * scale - 0.5).astype(np.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,21 +13,24 @@ if TYPE_CHECKING:
 
 # Variance below which a patch counts as flat, for pixels in [-1, 1]: a standard deviation of 1.3 grey levels.
 FLAT = 1e-4
+# Frames whose short edge is longer are reduced to it: template and search window are the same share of a large frame.
+SHORT_EDGE = 64
 
 
 @dataclass(frozen=True)
 class NCC:
     """Template matching in a small window around the predicted position, all points of a batch at once.
 
-    The template keeps its pixel grid (no interpolation blurs it); the peak of the correlation is refined
-    below a pixel by a soft-argmax. A point that is lost goes on with its last velocity, slowing down, and
-    is found again when it reappears inside the search window. Visible means: correlation times agreement in
-    contrast reaches `threshold` inside the frame. The contrast counts because correlation alone would
-    accept a faded ghost of the texture.
+    Frames with a short edge above 64 pixels are reduced to that first. The template keeps its pixel grid (no
+    interpolation blurs it); the peak of the correlation is refined below a pixel by a soft-argmax. A point that is lost
+    goes on with its last velocity, slowing down, and is found again when it reappears inside the search window. Visible
+    means: correlation times agreement in contrast reaches `threshold` inside the frame. The contrast counts because
+    correlation alone would accept a faded ghost of the texture.
 
     Attributes:
-        radius: half size of the template in pixels; it is (2 radius + 1) wide, weighted by a Gaussian.
-        search: largest displacement from the predicted position, in pixels per frame.
+        radius: half size of the template in pixels of the reduced frame; it is (2 radius + 1) wide, weighted by a
+            Gaussian.
+        search: largest displacement from the predicted position, in pixels of the reduced frame per frame.
         temperature: of the soft-argmax, in units of correlation.
         momentum: share of the old velocity in the prediction, in [0, 1).
         inertia: correlation that a candidate loses at the rim of the search window against its centre.
@@ -56,20 +60,36 @@ class NCC:
         if not self.inertia >= 0:
             raise ValueError(f"tracker.inertia must not be negative, got {self.inertia}")
 
+    def reach(self, height: int, width: int) -> float:
+        """See `Tracker.reach`: the template, whose middle is the nearest pixel."""
+        return math.ceil((self.radius + 0.5) * max(1, min(height, width) / SHORT_EDGE))
+
     def track(self, video: Tensor, queries: Tensor) -> Tracks:
         """Follow points; see `Tracker.track`. Non-finite pixels count as grey."""
+        check_input(video, queries)
+        pixels = video.detach().float().nan_to_num(0.0, 0.0, 0.0)
+        starts = queries.detach().float()
+        if min(video.shape[-2:]) <= SHORT_EDGE:
+            return self._follow(pixels, starts)
+        reduced, scale = _reduced(pixels)
+        # the centre of pixel i lies at scale * (i + 0.5) - 0.5 of the reduced frame
+        found = self._follow(reduced, (starts + 0.5) * scale - 0.5)
+        xy = (found.xy + 0.5) / scale - 0.5
+        xy[:, :, 0] = starts
+        return Tracks(xy, found.visible, found.confidence)
+
+    def _follow(self, pixels: Tensor, queries: Tensor) -> Tracks:
+        """Follow points through finite frames of the size that template and search window are meant for."""
         import torch
 
-        check_input(video, queries)
-        (batch, _, length, height, width), points = video.shape, queries.shape[1]
+        (batch, _, length, height, width), points = pixels.shape, queries.shape[1]
         # [T, B, H * W, 3]: one gather per frame fetches the search regions of all points
-        pixels = video.detach().float().nan_to_num(0.0, 0.0, 0.0)
         frames = pixels.permute(2, 0, 3, 4, 1).reshape(length, batch, -1, 3)
-        owner = torch.arange(batch, device=video.device).repeat_interleave(points)
-        query = queries.detach().float().reshape(-1, 2).nan_to_num(0.0)
+        owner = torch.arange(batch, device=pixels.device).repeat_interleave(points)
+        query = queries.reshape(-1, 2).nan_to_num(0.0)
         anchor = query.round()
         position, velocity = anchor.clone(), torch.zeros_like(anchor)
-        weight = _gaussian(self.radius).to(video.device)
+        weight = _gaussian(self.radius).to(pixels.device)
         template = _centred(_regions(frames[0], owner, anchor, self.radius, height, width).flatten(2), weight)
         limit = anchor.new_tensor([width - 1, height - 1])
         out = [(query, torch.ones_like(owner, dtype=torch.bool), torch.ones_like(query[:, 0]))]
@@ -125,6 +145,18 @@ class NCC:
         confidence = (correlation * agreement).gather(1, pick)[:, 0].clamp(0, 1)
         patch = patches.gather(2, pick[:, None].expand(-1, patches.shape[1], -1))[..., 0]
         return shift, confidence, patch.unflatten(1, (3, -1))
+
+
+def _reduced(pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Frames `[B, 3, T, h, w]` with a short edge of `SHORT_EDGE`, and their scale `[2]` as (x, y)."""
+    from torch.nn.functional import interpolate
+
+    height, width = pixels.shape[-2:]
+    share = SHORT_EDGE / min(height, width)
+    size = round(height * share), round(width * share)
+    scale = pixels.new_tensor([size[1] / width, size[0] / height])
+    frames = interpolate(pixels.transpose(1, 2).flatten(0, 1), size=size, mode="area")
+    return frames.unflatten(0, (len(pixels), -1)).transpose(1, 2), scale
 
 
 def _offsets(radius: int) -> Tensor:

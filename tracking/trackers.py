@@ -35,6 +35,14 @@ class Tracker(Protocol):
         """
         ...
 
+    def reach(self, height: int, width: int) -> float:
+        """Half the side in pixels of what it looks at around a point to know it again, at least 1.
+
+        Where a policy's frame 0 shows something else there, tracking starts in the reference image
+        (`metrics.anchor`).
+        """
+        ...
+
 
 def make_ready(tracker: Tracker, device: str) -> None:
     """Load what a tracker needs, so that what is wrong with it shows before anything runs; most need nothing.
@@ -69,6 +77,10 @@ class Truth:
 
     xy: Tensor
     visible: Tensor | None = None
+
+    def reach(self, height: int, width: int) -> float:
+        """See `Tracker.reach`: it looks at nothing."""
+        return 1.0
 
     def track(self, video: Tensor, queries: Tensor) -> Tracks:
         """Return the known tracks, cut to the video's length. See `Tracker.track`."""
