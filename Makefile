@@ -67,7 +67,7 @@ compare: $(VENV)/.installed  ## the algorithms side by side, 3 seeds each (long;
 study: $(VENV)/.installed  ## what schedules of stochastic steps do to the signal of an update (long; goes on where it stopped)
 	$(BIN)/python experiments/study.py schedules $(ARGS)
 
-tiny: $(VENV)/.installed  ## train the embedded models of assets/tiny again (long)
+tiny: $(VENV)/.installed  ## train the embedded models from nothing, into outputs/tiny (long)
 	$(BIN)/python experiments/tiny.py $(ARGS)
 
 clean:  ## remove caches and the virtual environment; runs in outputs/ stay

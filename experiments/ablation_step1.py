@@ -43,6 +43,8 @@ WARM_UP = (POOL, "stage.teacher_forcing.steps=800", "stage.match=false", "evalua
 # 100 generator steps leave 0.6 % of the warm-up in the averaged weights (the default decay, for long runs, 37 %).
 UPDATES, DECAY = "updates=100", "stage.dmd.ema=0.95"
 MATCHING = (POOL, "stage.teacher_forcing.steps=0", "stage.from_teacher=false", UPDATES, DECAY)
+# Options that only one of the two runs of a student reads.
+WARM_UP_ONLY, MATCHING_ONLY = ("stage.teacher_forcing.",), ("strategy.", "stage.dmd.", "updates=")
 JUDGES = ("vae", "text_encoder", "tokenizer", "aesthetic_eval")
 STUDENTS = {
     "self_rollout": ("strategy=self_rollout",),
@@ -85,21 +87,25 @@ def cells(seeds: int, clips: int, initial: str, teacher: str, options: list[str]
         seeds: seeds 0 .. seeds - 1.
         clips: held-out clips.
         initial, teacher: folders of the two models.
-        options: overrides of every `distill.py`; those of `rollout` and `world` hold for the evaluations too.
+        options: overrides of every `distill.py`; those of `world` hold for all evaluations too, those of `rollout` for
+            the students'.
     """
     shared = (f"evaluation.clips={clips}", "evaluation.every=0", "logger=local")
-    found = [whole(name, path, shared) for name, path in (("initial", initial), ("teacher", teacher))]
+    world = tuple(text for text in options if text.startswith("world"))
+    found = [whole(name, path, (*shared, *world)) for name, path in (("initial", initial), ("teacher", teacher))]
     common = [text for text in options if text.startswith(("rollout.", "world"))]
+    matching = [text for text in options if not text.startswith(WARM_UP_ONLY)]
+    warming = [text for text in options if not text.startswith(MATCHING_ONLY)]
     for seed in range(seeds):
         for arm, strategy in STUDENTS.items():
             chunk = [text for text in strategy if text.startswith("rollout.chunk")]
-            begun = (*chunk, f"stage.teacher={teacher}", *options, f"seed={seed}", "resume=true")
-            warm = (*shared, *WARM_UP, *begun)
+            taught, ends = (*chunk, f"stage.teacher={teacher}"), (f"seed={seed}", "resume=true")
+            warm = (*shared, *WARM_UP, *taught, *warming, *ends)
             after = Cell("warm_up_" + (chunk[0].rpartition("=")[2] if chunk else "1"), seed, "distill.py", warm)
             student = (*shared, *common, *chunk, "model.transformer={folder}/transformer")
             probes = tuple(Probe(name, (*student, *how)) for name, how in probed(arm).items())
             start = "model.transformer={after}/transformer"
-            overrides = (*shared, strategy[0], *MATCHING, start, *begun)
+            overrides = (*shared, strategy[0], *MATCHING, start, *taught, *matching, *ends)
             found.append(Cell(arm, seed, "distill.py", overrides, probes, after))
     return found
 

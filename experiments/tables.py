@@ -77,7 +77,6 @@ WEAK = (
     "stage.pool=768",
     "stage.track_noise=4",
     "stage.match=false",
-    *(f"stage.{name}.{key}" for name in ("own_history", "teacher_forcing") for key in ("lr=2e-3", "ema=0.995")),
 )
 
 
@@ -120,6 +119,7 @@ class Rows:
         shared = ("evaluation.every=0", "logger=local", f"seed={seed}", "resume=true", *chunk)
         stages = ("own_history", "teacher_forcing")
         length = [f"stage.{name}.steps={self.steps if name == stage else 0}" for name in stages]
+        length += [f"stage.{stage}.lr=2e-3", f"stage.{stage}.ema=0.995"]
         start = "model.transformer={after}/transformer"
         weak = Cell(f"{row}_weak", seed, "distill.py", (*shared, *WEAK, *length, start), after=student)
         learning = (*shared, f"updates={self.updates}", "saving.every=10", start)

@@ -33,9 +33,19 @@ class FirstFrameWanTransformer3DModel(CausalWanTransformer3DModel):
     def _bidirectional(self, hidden_states: Tensor, timestep: Tensor, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError("use parallel() with one chunk: diffusers' signature has no place for a given frame")
 
-    def _parallel(self, clean: Tensor, noisy: Tensor, sigma: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _parallel(
+        self,
+        clean: Tensor,
+        noisy: Tensor,
+        sigma: Tensor,
+        *args: Any,
+        history_sigma: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
         x, level = self._finished(noisy, sigma)
-        return self._towards(noisy, sigma, super()._parallel(clean, x, level, *args, **kwargs))
+        past, past_level = self._finished(clean, torch.zeros_like(sigma) if history_sigma is None else history_sigma)
+        v = super()._parallel(past, x, level, *args, history_sigma=past_level, **kwargs)
+        return self._towards(noisy, sigma, v)
 
     def _cached(self, frames: Tensor, sigma: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         x, level = self._finished(frames, sigma)

@@ -90,34 +90,47 @@ class KVCache:
 class CachedAttention:
     """Attend to [cache | own keys], where the first `commit` frames are clean and enter the cache on the way.
 
+    Gradient checkpointing calls it again in the backward pass, when the cache has moved on: where there is gradient it
+    keeps what it saw, sees that again, and enters nothing twice.
+
     Attributes:
         cache: the memory; its `end` is moved on by the caller once all layers have run.
         layer: index of the layer.
         frames: frames in the sequence.
         commit: how many of them, from the first, are clean.
+        saw: the parts of the cache that the first call attended to.
     """
 
     cache: KVCache
     layer: int
     frames: int
     commit: int
+    saw: list[Pair | None] = field(default_factory=list)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attend; clean frames see the cache as it was, noisy ones as it is with the clean frames in it."""
         tokens = key.shape[2] // self.frames
         split = self.commit * tokens
-        outs = []
+        outs, first, saw = [], not self.saw, iter(tuple(self.saw))
         if self.commit:
             clean_key, clean_value = key[:, :, :split], value[:, :, :split]
-            outs.append(self._attend(query[:, :, :split], clean_key, clean_value, self.cache.end, tokens))
-            self.cache.write(self.layer, clean_key, clean_value, self.commit)
+            past = self._read(self.cache.end, tokens) if first else next(saw)
+            outs.append(self._attend(query[:, :, :split], clean_key, clean_value, past))
+            if first:
+                self.cache.write(self.layer, clean_key, clean_value, self.commit)
         if self.commit < self.frames:
-            end = self.cache.end + self.commit
-            outs.append(self._attend(query[:, :, split:], key[:, :, split:], value[:, :, split:], end, tokens))
+            past = self._read(self.cache.end + self.commit, tokens) if first else next(saw)
+            outs.append(self._attend(query[:, :, split:], key[:, :, split:], value[:, :, split:], past))
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, end: int, tokens: int) -> Tensor:
+    def _read(self, end: int, tokens: int) -> Pair | None:
         past = self.cache.read(self.layer, len(self.cache.causality.held(end)), tokens)
+        if not torch.is_grad_enabled():
+            return past
+        self.saw.append(None if past is None else (past[0].clone(), past[1].clone()))
+        return self.saw[-1]
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, past: Pair | None) -> Tensor:
         if past is not None:
             key, value = torch.cat([past[0], key], dim=2), torch.cat([past[1], value], dim=2)
         return attend(query, key, value)

@@ -115,10 +115,30 @@ def one_line(text: str) -> str:
 def _check_teacher(settings: Settings) -> None:
     teacher = replace(settings.model, transformer=settings.stage.teacher)
     teacher.check(settings.rollout.frames)
+    if settings.stage.from_teacher:
+        shapes = [_shape(folder / "config.json") for folder in (settings.model.network, teacher.network)]
+        found = differences(
+            *({key: shape[key] for key in shape if key in shapes[1 - i]} for i, shape in enumerate(shapes))
+        )
+        if found:
+            raise ValueError(
+                f"stage.teacher={settings.stage.teacher} has another shape than the student, which cannot begin with "
+                f"its weights: {'; '.join(found)}; set stage.from_teacher=false, or choose another teacher"
+            )
     layers, file = settings.stage.dmd.layers, teacher.network / "config.json"
     blocks = json.loads(file.read_text())["num_layers"] if file.is_file() else len(layers)
-    if not layers or not all(0 <= i < blocks for i in layers):
+    if settings.stage.match and (not layers or not all(0 <= i < blocks for i in layers)):
         raise ValueError(f"stage.dmd.layers={layers}: the teacher has blocks 0 .. {blocks - 1}")
+
+
+def _shape(file: Path) -> dict[str, Any]:
+    """What decides the shapes of a transformer's weights, but for the control's channels, which are added on loading;
+    of random weights nothing is written down.
+    """
+    if not file.is_file():
+        return {}
+    free = ("in_channels", "rope_max_seq_len")
+    return {k: v for k, v in json.loads(file.read_text()).items() if not k.startswith("_") and k not in free}
 
 
 def _same_run(folder: Path, config: dict[str, Any]) -> None:

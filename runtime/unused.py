@@ -48,8 +48,8 @@ def changed(settings: Settings) -> list[str]:
     stage, served = settings.stage, hasattr(settings.stage, "port")
     read = SERVED if served else PAIRS if hasattr(stage, "criterion") else ()
     found = [] if served else _rewards(settings)
-    if not getattr(stage, "match", True):  # a strategy makes the clips of distribution matching
-        found += _differing("strategy", settings.strategy, choice("strategy", "self_rollout"))
+    if hasattr(stage, "match"):
+        found += _idle_stages(settings)
     for key, default in defaults().items():
         group, _, leaf = key.partition(".")
         if read and key.startswith(read) and key != "optimizer.ema":
@@ -60,6 +60,22 @@ def changed(settings: Settings) -> list[str]:
             found += [f"{group}={type(part).__name__}"] if own != default else []
         elif (value := getattr(part, leaf, default)) not in (default, OFF.get(key, default)):
             found.append(f"{key}={value}")
+    return found
+
+
+def _idle_stages(settings: Settings) -> list[str]:
+    """Settings, as `key=value`, of stages of distillation that do not run, and of weights that are replaced."""
+    stage, default = settings.stage, choice("stage", "distill")
+    found = []
+    if stage.from_teacher and settings.model.transformer != "transformer":
+        found.append(f"model.transformer={settings.model.transformer}")
+    for name in ("teacher_forcing", "own_history", "ode", "consistency"):
+        part = getattr(stage, name)
+        if not part.steps:
+            found += _differing(f"stage.{name}", part, default[name] | {"steps": 0})
+    if not stage.match:  # a strategy makes the clips of distribution matching
+        found += _differing("strategy", settings.strategy, choice("strategy", "self_rollout"))
+        found += _differing("stage.dmd", stage.dmd, default["dmd"])
     return found
 
 
@@ -74,13 +90,19 @@ def _rewards(settings: Settings) -> list[str]:
 
 def _differing(prefix: str, part: Any, default: dict[str, Any]) -> list[str]:
     """Settings of a component, as `key=value`, that are not those of a choice."""
-    if f"{type(part).__module__}.{type(part).__qualname__}" != default[TARGET]:
+    own = f"{type(part).__module__}.{type(part).__qualname__}"
+    if own != default.get(TARGET, own):
         return [f"{prefix}={type(part).__name__}"]
     return [
         f"{prefix}.{key}={getattr(part, key)}"
         for key, value in default.items()
-        if key != TARGET and getattr(part, key) != value
+        if key != TARGET and _plain_value(getattr(part, key)) != value
     ]
+
+
+def _plain_value(value: Any) -> Any:
+    """As a configuration file holds it."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _names() -> dict[str, str]:
@@ -91,6 +113,10 @@ def _names() -> dict[str, str]:
 
 def instead(key: str, stage: Any) -> str:
     """What to do about a key of `changed`."""
+    if key == "model.transformer":
+        return "the teacher's weights replace it: set stage.from_teacher=false to begin with it"
+    if key.startswith("stage."):
+        return "take it out, or let its stage run"
     name = INSTEAD.get(key, "-")
     for owner, part in (("stage", stage), ("stage.dmd", getattr(stage, "dmd", stage))):
         if hasattr(part, name):

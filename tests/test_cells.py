@@ -255,6 +255,13 @@ def test_the_cells_of_step_1_are_all_arms_and_seeds() -> None:
     assert chunked.after is not None and {"rollout.chunk=3", "stage.match=false"} <= set(chunked.after.overrides)
     assert all("rollout.window=3" in p.overrides and "updates=5" not in p.overrides for p in chunked.probes)
     assert all("rollout.chunk=3" in p.overrides for p in chunked.probes)
+    only = ["strategy.exit=per_frame", "stage.dmd.lr=1e-3", "stage.teacher_forcing.steps=4", "world.pan=0"]
+    made_so = ablation_step1.cells(1, 8, "a", "b", ["updates=5", *only])
+    student = made_so[-1]
+    assert student.after is not None and set(only) - set(student.overrides) == {only[2]}
+    assert not {"updates=5", *only[:2]} & set(student.after.overrides) and {*only[2:]} <= set(student.after.overrides)
+    parts = [c.overrides for c in made_so] + [p.overrides for c in made_so for p in c.probes]
+    assert all("world.pan=0" in overrides for overrides in parts)
     probes = {p.name: set(p.overrides) for p in chunked.probes}
     assert {"rollout.frames=36", "evaluation.sampler=renoise"} <= probes["renoise_long4"] and "cache15" not in probes
     paper = {p.name: set(p.overrides) for c in made if c.name == "self_rollout_0" for p in c.probes}

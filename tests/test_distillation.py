@@ -85,19 +85,22 @@ class TestSelfRollout:
     def test_gradients_equal_frame_by_frame_passes_with_a_rolling_cache(
         self, frames: int, window: int, chunk: int, checkpointing: bool
     ) -> None:
-        """More frames than the cache holds: the parallel pass against a slow reference, under checkpointing too."""
+        """More frames than the cache holds: the parallel pass against a slow reference, under checkpointing as well."""
         rule = Causality(chunk=chunk, window=window)
         who = student(network(), frames=frames, rule=rule)
         exits = exit_steps(who, "per_frame")
         weight = torch.randn(who.truth.shape, generator=torch.Generator().manual_seed(3))
         slow = weights_gradient(who.network, (self.slowly(who, exits) * weight).sum())
+        found = []
         if checkpointing:
             who.network.train().enable_gradient_checkpointing()
-        fast = weights_gradient(who.network, (at_exits(who, exits, collapse=False).x0 * weight).sum())
-        assert fast.keys() == slow.keys()
-        for name in fast:
-            scale = max(1.0, float(slow[name].abs().max()))
-            torch.testing.assert_close(fast[name] / scale, slow[name] / scale, atol=1e-4, rtol=0)
+            found.append(weights_gradient(who.network, (self.slowly(who, exits) * weight).sum()))
+        found.append(weights_gradient(who.network, (at_exits(who, exits, collapse=False).x0 * weight).sum()))
+        for fast in found:
+            assert fast.keys() == slow.keys()
+            for name in fast:
+                scale = max(1.0, float(slow[name].abs().max()))
+                torch.testing.assert_close(fast[name] / scale, slow[name] / scale, atol=1e-4, rtol=0)
 
     def slowly(self, who: Student, exits: Tensor) -> Tensor:
         """Each chunk on its own: denoise, predict with gradient at the exit step, commit the finished frames."""
@@ -130,6 +133,17 @@ def test_exit_steps_are_uniform_keyed_and_shared_by_a_chunk(scope: str) -> None:
     share = torch.stack([(drawn == n).float().mean() for n in range(STEPS)])
     assert (share - 1 / 3).abs().max() < 0.06
     assert torch.equal(many[5], exit_steps(student(model, rule=Causality(chunk=3), key=5), scope))
+
+
+@pytest.mark.parametrize("name", ["SelfRollout", "SelfForcing", "TeacherForcing", "DiffusionForcing", "Windowed"])
+def test_clips_are_made_in_bfloat16_arithmetic_too(name: str) -> None:
+    """`engine.precision=bf16`, with noise in the steps; levels and predictions stay float32."""
+    who = student(network())
+    exact = getattr(strategies, name)()(who)
+    who.network.autocast_dtype = torch.bfloat16
+    made = getattr(strategies, name)()(who)
+    assert made.x0.dtype == torch.float32
+    torch.testing.assert_close(made.x0, exact.x0, atol=0.3, rtol=0)
 
 
 def test_teacher_forcing_denoises_given_the_truth() -> None:

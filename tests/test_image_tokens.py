@@ -133,6 +133,21 @@ def test_a_given_first_frame_ends_on_the_reference_and_rescoring_agrees(rule: Ca
     torch.testing.assert_close(again["latents"][:, 1:, -1], rollout["latents"][:, 1:, -1], atol=1e-5, rtol=0)
 
 
+def test_a_given_first_frame_is_clean_in_every_history() -> None:
+    """Also in diffusion forcing's, where each frame of the history is noised to a level of its own."""
+    model, state = text_to_video(), episode(image=False)
+    inputs, level = torch.cat([state["latents"], state["condition"]], 2), state["sigma"][..., 1]
+    noisier, other = inputs.clone(), level.clone()
+    noisier[:, 0, :3] += 1
+    other[:, 0] = 0.9
+    with torch.no_grad():
+        one, two = (
+            model.parallel(past, inputs, level, state["text"], causality=Causality(), history_sigma=sigma)
+            for past, sigma in ((inputs, level), (noisier, other))
+        )
+    assert torch.equal(one, two)
+
+
 def test_text_to_video_never_sees_mask_and_reference_of_later_frames() -> None:
     model, state = text_to_video(), episode(image=False)
     inputs = torch.cat([state["latents"], state["condition"]], 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -324,6 +324,9 @@ def test_the_recipe_is_noted_and_nothing_is_trained_twice(folder: Path) -> None:
     lines: list[str] = []
     Chain(WORLD, folder, lines.append, RECIPE).run()
     assert [line.split(":")[0] for line in lines] == list(noted) and all("found" in line for line in lines)
+    other = replace(RECIPE, vae=replace(RECIPE.vae, seed=9))
+    with pytest.raises(ValueError, match="vae was made with other settings than vae has now"):
+        Chain(WORLD, folder, lines.append, other).run()
 
 
 def test_the_initial_model_ignores_the_drag_and_the_student_is_made_from_it(folder: Path) -> None:

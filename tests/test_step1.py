@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from algorithms.distillation import chain
 from algorithms.pretraining import loop
-from experiments import ablation_step1, distill, finetune, learn
+from experiments import ablation_step1, distill, finetune, learn, tables
 from runtime import runlog, supervised
+from runtime.cells import Home
 from runtime.cli import SetupError
 from runtime.config import CONF, Plan, validate
 from runtime.journal import Journal
@@ -40,9 +41,12 @@ DISTILL = [
 
 
 def plan(primary: str, model: Path, run_dir: Path, *overrides: str) -> Plan:
-    """A plan of an experiment of step 1."""
+    """A plan of an experiment of step 1; what `DISTILL` says of stages that do not run here is left out."""
+    idle = [text.removesuffix("steps=0") for text in overrides if text.endswith(".steps=0")]
+    idle += ["stage.dmd."] if "stage.match=false" in overrides else []
+    line = [text for text in overrides if text not in DISTILL or not text.startswith(tuple(idle))]
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return validate(compose(primary, [f"model.path={model}", f"run_dir={run_dir}", *overrides]))
+        return validate(compose(primary, [f"model.path={model}", f"run_dir={run_dir}", *line]))
 
 
 def result(run_dir: Path) -> dict[str, Any]:
@@ -239,6 +243,12 @@ def test_distillation_into_adapters(model: Path, tmp_path: Path) -> None:
         (["reward=smoothness"], "reward=smoothness has no effect here; take it out"),
         (["reward.motion.profile=train"], "reward.motion.profile=train has no effect"),
         (["tracker.radius=3"], "tracker.radius=3 has no effect"),
+        (
+            ["model.transformer=few_step"],
+            "model.transformer=few_step has no effect here; the teacher's weights replace it",
+        ),
+        (["stage.match=false", "stage.dmd.lr=1e-3"], "stage.dmd.lr=0.001 has no effect here; take it out, or let"),
+        (["stage.ode.steps=0", "stage.ode.lr=1e-2"], "stage.ode.lr=0.01 has no effect here; take it out, or let"),
         (["stage.match=false", "strategy=self_forcing"], "strategy=SelfForcing has no effect"),
         (["stage.match=false", "strategy.exit=per_frame"], "strategy.exit=per_frame has no effect"),
         (["stage.dmd.adversarial=0", "stage.dmd.r1=1"], "r1 and r2 have no effect"),
@@ -255,6 +265,16 @@ def test_bad_input_is_refused_before_anything_loads(
         plan("distill", model, tmp_path / "run", *DISTILL, *overrides)
 
 
+def test_a_teacher_of_another_shape_is_refused_before_anything_loads(model: Path, tmp_path: Path) -> None:
+    shutil.copytree(model / "transformer", tmp_path / "wide")
+    config = json.loads((tmp_path / "wide" / "config.json").read_text())
+    (tmp_path / "wide" / "config.json").write_text(json.dumps({**config, "ffn_dim": 7, "in_channels": 99}))
+    other = f"stage.teacher={tmp_path / 'wide'}"
+    with pytest.raises(ValueError, match=rf"has another shape .*: ffn_dim: {config['ffn_dim']} -> 7; set stage.from"):
+        plan("distill", model, tmp_path / "run", *DISTILL, other)
+    plan("distill", model, tmp_path / "run", *DISTILL, other, "stage.from_teacher=false")
+
+
 def test_where_nothing_rewards_every_judge_is_welcome(model: Path, tmp_path: Path) -> None:
     judges = ["tracker@evaluation.tracker=ncc", "evaluation.scorer=aesthetic"]
     plan("distill", model, tmp_path / "run", *DISTILL, *judges)
@@ -262,8 +282,10 @@ def test_where_nothing_rewards_every_judge_is_welcome(model: Path, tmp_path: Pat
 
 def test_what_the_tables_run_is_not_refused(model: Path, tmp_path: Path) -> None:
     found = [*ablation_step1.cells(1, 4, "transformer", "transformer", []), *learn.cells(1, 4, 4)]
+    rows = tables.Rows(Home(tmp_path, "w"), Home(tmp_path, "w"), 120, 300, 9)
+    found += [rows.student(row, 0) for row in tables.STUDENTS]
     cells = {cell.name: cell for made in found for cell in (made, made.after) if cell and cell.script == "distill.py"}
-    assert len(cells) == 8
+    assert len(cells) == 8 + len(tables.STUDENTS)
     for name, cell in cells.items():
         overrides = [text.format(after=model) for text in cell.overrides]
         plan("distill", model, tmp_path / name, *overrides, "stage.teacher=transformer", "stage.dmd.layers=[0]")

@@ -191,7 +191,7 @@ def _step(student: Student, x: Tensor, n: int) -> Tensor:
     """Take step n of all frames at once, given the true history."""
     state, frames = student.state, range(x.shape[1])
     now, later, chosen = state["sigma"][..., n], state["sigma"][..., n + 1], state["stochastic"][..., n]
-    v = student.velocity(student.truth, x, now)
+    v = student.velocity(student.truth, x, now).float()
     keys = state["key"].tolist()
     moved = [
         act(student.kernel, x[:, m], v[:, m], now[:, m], later[:, m], chosen[:, m], [(*key, m, n) for key in keys])[0]

@@ -124,7 +124,8 @@ class Recipe:
 
 
 class Chain:
-    """Runs every stage whose result is not yet in `out`; a result appears there when it is complete.
+    """Runs every stage whose result is not yet in `out`; a result appears there when it is complete, and one that was
+    made with other settings is refused.
 
     Interrupt it at will: the next run goes on from at most 500 steps before. What is trained is a function of the
     recipe alone, on one machine.
@@ -202,11 +203,18 @@ class Chain:
 
     def _stage(self, name: str, stage: Any, parts: list[str], train: Callable[[Any, Path], None]) -> None:
         """Train into a scratch folder, move the parts to their places, and note how they were made."""
+        recipe, text = self.out / RECIPE, json.dumps(asdict(stage))
+        notes = json.loads(recipe.read_text()) if recipe.is_file() else {}
         if all((self.out / part).is_dir() for part in parts):
+            if notes.get(name, {}).get("settings") != json.loads(text):
+                raise ValueError(
+                    f"{self.out / parts[0]} was made with other settings than {name} has now; choose another --out, or "
+                    f"remove it and what was made from it"
+                )
             self.report(f"{name}: found in {self.out}")
             return
         began, scratch = time.time(), self.out / f".{name}"
-        settings, text = scratch / "settings.json", json.dumps(asdict(stage))
+        settings = scratch / "settings.json"
         if not settings.is_file() or settings.read_text() != text:
             # What an interrupted run left is of use only to a run with the same settings.
             shutil.rmtree(scratch, ignore_errors=True)
@@ -217,7 +225,5 @@ class Chain:
             shutil.rmtree(self.out / part, ignore_errors=True)
             (scratch / part).replace(self.out / part)
         shutil.rmtree(scratch)
-        recipe = self.out / RECIPE
-        notes = json.loads(recipe.read_text()) if recipe.is_file() else {}
         notes[name] = {"settings": json.loads(text), "seconds": round(time.time() - began)}
         recipe.write_text(json.dumps(notes, indent=1) + "\n")
