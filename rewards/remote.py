@@ -152,11 +152,10 @@ def _is_address(url: str) -> bool:
     """Whether `url` names a host, and how to reach it over HTTP."""
     from urllib.parse import urlsplit
 
-    if not url.isprintable() or " " in url:
-        return False
     try:
         parts = urlsplit(url)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        host = parts.hostname or " "
+        return url.isprintable() and parts.scheme in ("http", "https") and " " not in host and parts.port != 0
     except ValueError:
         return False
 
