@@ -33,13 +33,14 @@ PAGE = """<!doctype html>
 body { font: 16px/1.5 system-ui, sans-serif; color: #1c2330; margin: 2rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin-bottom: 2rem; }
 th, td { padding: .3rem .8rem; border-bottom: 1px solid #dfe3ea; text-align: right; vertical-align: top; }
-th:first-child, td:first-child { text-align: left; } video { width: 300px; height: auto; } .soft { color: #5b6575; }
+th:first-child, td:first-child, .clips th { text-align: left; }
+video { width: 300px; height: auto; } .soft { color: #5b6575; }
 </style></head><body>
 <h1>Side by side</h1>
 <p class="soft">{{ about }}</p>
 <table><tr>{% for head in heads %}<th>{{ head }}</th>{% endfor %}</tr>
 {% for line in lines %}<tr>{% for cell in line %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</table>
-<table><tr>{% for name in columns %}<th>{{ name }}</th>{% endfor %}</tr>
+<table class="clips"><tr>{% for name in columns %}<th>{{ name }}</th>{% endfor %}</tr>
 {% for row in videos %}<tr>{% for data in row %}<td>{% if data %}<video autoplay loop muted playsinline
  src="data:video/mp4;base64,{{ data }}"></video>{% endif %}</td>{% endfor %}</tr>{% endfor %}</table>
 </body></html>
