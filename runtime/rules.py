@@ -35,9 +35,8 @@ def check(settings: Settings, trains: bool = True) -> None:
         FileNotFoundError: a file or folder that does not exist.
     """
     rl, stages = (groups, minibatches, stochasticity, alarms), (step1, preferences)
-    learning = (*(rl if settings.stage is None else ()), precision) if trains else ()
-    own = stages if settings.stage is not None else ()
-    for rule in (*own, *learning, engines, trackers, scorers, frames, sizes, clips, run_folder):
+    own = stages if settings.stage is not None else rl if trains else ()
+    for rule in (*own, *((precision,) if trains else ()), engines, trackers, scorers, frames, sizes, clips, run_folder):
         rule(settings)
 
 

@@ -69,9 +69,8 @@ def _idle_stages(settings: Settings) -> list[str]:
     found = []
     if stage.from_teacher and settings.model.transformer != "transformer":
         found.append(f"model.transformer={settings.model.transformer}")
-    for name in ("teacher_forcing", "own_history", "ode", "consistency"):
-        part = getattr(stage, name)
-        if not part.steps:
+    for name, part in vars(stage).items():
+        if getattr(part, "steps", None) == 0:
             found += _differing(f"stage.{name}", part, default[name] | {"steps": 0})
     if not stage.match:  # a strategy makes the clips of distribution matching
         found += _differing("strategy", settings.strategy, choice("strategy", "self_rollout"))

@@ -39,6 +39,33 @@ def render(path: Tensor, size: tuple[int, int] = (32, 32), radius: float = 5.0, 
     return torch.stack(frames, 1)
 
 
+def carried(still: Tensor, other: Tensor, path: Tensor, radius: float, first: int) -> Tensor:
+    """A clip `[3, T, H, W]` in which a disc of another one is carried along the path, from frame `first` on."""
+    video = still.clone()
+    for t in range(first, len(path)):
+        near = (torch.hypot(*_offsets(video, path[t])) <= radius).expand(3, -1, -1)
+        video[:, t][near] = other[:, t][near]
+    return video
+
+
+def ringed(still: Tensor, path: Tensor, hole: float, rim: float) -> Tensor:
+    """A clip in which black and white wedges around an untouched square are carried along the path, from frame 0 on."""
+    video = still.clone()
+    for t in range(len(path)):
+        x, y = _offsets(video, path[t].round())
+        far = torch.maximum(x.abs(), y.abs())
+        ring = ((far > hole) & (far <= rim)).expand(3, -1, -1)
+        video[:, t][ring] = torch.sign(torch.sin(4 * torch.atan2(y, x) + 0.5)).expand(3, -1, -1)[ring]
+    return video
+
+
+def _offsets(video: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each pixel `[H, W]` lies from a point, x and y."""
+    height, width = video.shape[-2:]
+    y, x = torch.meshgrid(torch.arange(float(height)), torch.arange(float(width)), indexing="ij")
+    return x - centre[0], y - centre[1]
+
+
 def asking(path: Tensor, size: tuple[int, int] = (32, 32), video: Tensor | None = None) -> ClipBatch:
     """A batch of one clip that asks for `path [T, 2]`."""
     frames = len(path)

@@ -21,7 +21,7 @@ from rewards.base import Reward, RewardContext
 from rewards.composite import Composite
 from rewards.motion import Motion
 from runtime.models import ROOT
-from tests.moving import asking, line, render
+from tests.moving import asking, carried, line, render, ringed
 from tracking.lucas_kanade import LucasKanade
 from tracking.ncc import NCC
 from tracking.trackers import Tracker, Truth
@@ -60,33 +60,17 @@ def texture_destroyer(seed: int, first: int = 1) -> Tensor:
 
 def pixel_mover(seed: int, radius: float) -> Tensor:
     """Carries the touched pixel and its neighbours along the path; the object stays where it was."""
-    video = render(STILL, seed=seed)
-    carried = render(PATH, seed=seed)
-    for t in range(1, 17):
-        near = (away(t) <= radius).expand(3, -1, -1)
-        video[:, t][near] = carried[:, t][near]
-    return video
+    return carried(render(STILL, seed=seed), render(PATH, seed=seed), PATH, radius, first=1)
 
 
 def stamper(seed: int, radius: float) -> Tensor:
     """Lets the object stand and carries a disc of another texture along the path, from frame 0 on."""
-    video = render(STILL, seed=seed)
-    foreign = render(PATH, seed=seed + 50)
-    for t in range(17):
-        near = (away(t) <= radius).expand(3, -1, -1)
-        video[:, t][near] = foreign[:, t][near]
-    return video
+    return carried(render(STILL, seed=seed), render(PATH, seed=seed + 50), PATH, radius, first=0)
 
 
 def wedges(seed: int, hole: float, radius: float) -> Tensor:
     """Lets the object stand and carries a ring of black and white wedges along the path, from frame 0 on."""
-    video = render(STILL, seed=seed)
-    for t in range(17):
-        x, y = (PIXELS - PATH[t].round()).unbind(-1)
-        far = torch.maximum(x.abs(), y.abs())
-        ring = ((far > hole) & (far <= radius)).expand(3, -1, -1)
-        video[:, t][ring] = torch.sign(torch.sin(4 * torch.atan2(y, x) + 0.5)).expand(3, -1, -1)[ring]
-    return video
+    return ringed(render(STILL, seed=seed), PATH, hole, radius)
 
 
 # name: (video of a seed, where the touched point truly is, whether it can still be seen)

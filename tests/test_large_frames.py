@@ -16,7 +16,7 @@ from torch import Tensor
 from metrics.motion import endpoint_error
 from rewards.base import RewardContext
 from rewards.motion import Motion
-from tests.moving import asking, line, render
+from tests.moving import asking, carried, line, render, ringed
 from tracking.lucas_kanade import LucasKanade
 from tracking.ncc import NCC, SHORT_EDGE
 from tracking.trackers import Tracker
@@ -39,56 +39,36 @@ def still(seed: int = 0) -> Tensor:
     return render(STILL, SIZE, RADIUS, seed)
 
 
-def offsets(t: int) -> tuple[Tensor, Tensor]:
-    """Where each pixel `[H, W]` lies from where the point was asked to be, x and y."""
-    y, x = torch.meshgrid(torch.arange(float(SIZE[0])), torch.arange(float(SIZE[1])), indexing="ij")
-    return x - PATH[t, 0].round(), y - PATH[t, 1].round()
-
-
-def carried(share: float) -> Tensor:
+def mover(share: float) -> Tensor:
     """The object stays; its inner part, up to a share of its radius, is carried along the path."""
-    video = still().clone()
-    for t in range(1, FRAMES):
-        near = (torch.hypot(*offsets(t)) <= share * RADIUS).expand(3, -1, -1)
-        video[:, t][near] = true()[:, t][near]
-    return video
+    return carried(still(), true(), PATH, share * RADIUS, first=1)
 
 
-def stamped(share: float, seed: int = 50) -> Tensor:
+def stamper(share: float, seed: int = 50) -> Tensor:
     """The object stays; a disc of another texture is carried along the path, from frame 0 on."""
-    video, foreign = still().clone(), true(seed)
-    for t in range(FRAMES):
-        near = (torch.hypot(*offsets(t)) <= share * RADIUS).expand(3, -1, -1)
-        video[:, t][near] = foreign[:, t][near]
-    return video
+    return carried(still(), true(seed), PATH, share * RADIUS, first=0)
 
 
-def ringed(hole: float, rim: float) -> Tensor:
+def wedges(hole: float, rim: float) -> Tensor:
     """The object stays; black and white wedges around an untouched square are carried along, from frame 0 on."""
-    video = still().clone()
-    for t in range(FRAMES):
-        x, y = offsets(t)
-        far = torch.maximum(x.abs(), y.abs())
-        ring = ((far > hole * RADIUS) & (far <= rim * RADIUS)).expand(3, -1, -1)
-        video[:, t][ring] = torch.sign(torch.sin(4 * torch.atan2(y, x) + 0.5)).expand(3, -1, -1)[ring]
-    return video
+    return ringed(still(), PATH, hole * RADIUS, rim * RADIUS)
 
 
 CHEATS: dict[str, Callable[[], Tensor]] = {
     "static clip": still,
-    "carried patch, 0.15": lambda: carried(0.15),
-    "0.3": lambda: carried(0.3),
-    "stamp, 0.4": lambda: stamped(0.4),
-    "ring, 0.1 to 0.2": lambda: ringed(0.1, 0.2),
-    "0.2 to 0.4": lambda: ringed(0.2, 0.4),
-    "0.4 to 0.6": lambda: ringed(0.4, 0.6),
-    "0.6 to 0.9": lambda: ringed(0.6, 0.9),
+    "carried patch, 0.15": lambda: mover(0.15),
+    "0.3": lambda: mover(0.3),
+    "stamp, 0.4": lambda: stamper(0.4),
+    "ring, 0.1 to 0.2": lambda: wedges(0.1, 0.2),
+    "0.2 to 0.4": lambda: wedges(0.2, 0.4),
+    "0.4 to 0.6": lambda: wedges(0.4, 0.6),
+    "0.6 to 0.9": lambda: wedges(0.6, 0.9),
 }
 # What a tracker may take for the object: most of it moves, or something else as large does.
 LEFT: dict[str, Callable[[], Tensor]] = {
-    "carried patch, 0.4": lambda: carried(0.4),
-    "0.6": lambda: carried(0.6),
-    **{f"stamp {i}, 0.8": lambda i=i: stamped(0.8, 50 + i) for i in range(5)},  # type: ignore[misc]
+    "carried patch, 0.4": lambda: mover(0.4),
+    "0.6": lambda: mover(0.6),
+    **{f"stamp {i}, 0.8": lambda i=i: stamper(0.8, 50 + i) for i in range(5)},  # type: ignore[misc]
 }
 
 
