@@ -33,7 +33,7 @@ def run(plan: Plan) -> None:
     with setup_phase():
         session = Session(plan.settings, plan.config)
     metrics, samples = session.evaluate()
-    truth = measure(session.truth, session.truth, session.judge)
+    truth = measure(session.truth, session.truth)
     if plan.settings.checkpoint is not None:
         metrics["kl_to_start"] = session.divergence()
     found = {"policy": metrics, "truth": truth, **details(session, samples), "config": plan.config}
@@ -55,7 +55,7 @@ def details(session: Session, samples: list[Sample]) -> dict[str, Any]:
     from runtime.evaluation import error_by_frame, found_by
 
     judged, judge = session.settings.evaluation, session.judge
-    values = by_clip(samples, judge)
+    values = by_clip(samples)
     return {
         "error_by_frame": error_by_frame(samples),
         "extractor": judge.features.name,
@@ -66,7 +66,7 @@ def details(session: Session, samples: list[Sample]) -> dict[str, Any]:
         "split": judged.split,
         "names": [name for s in session.truth for name in s.clips.names],
         "by_clip": {name: [v if math.isfinite(v) else None for v in column] for name, column in values.items()},
-        "intervals": intervals(values, samples, session.truth, judge),
+        "intervals": intervals(values, samples, session.truth),
         "speed": session.speed(),
     }
 

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from metrics.frechet import frechet_distance
 from metrics.intervals import Estimate, jackknife, of_mean
-from metrics.smoothness import smoothness
 from policies.sampler import generate
-from runtime.evaluation import EVALUATION_SEED, Judge, Sample, looks, motion_errors, position_totals
+from runtime.evaluation import EVALUATION_SEED, Sample, motion_errors, position_totals
 
 if TYPE_CHECKING:
     from policies.actor import Actor
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 DISTANCES = ("frechet", "frechet_video")
 
 
-def by_clip(samples: Sequence[Sample], judge: Judge) -> dict[str, list[float]]:
+def by_clip(samples: Sequence[Sample]) -> dict[str, list[float]]:
     """Metrics of each clip, in the order of the clips; NaN where no asked position is in sight.
 
     `motion_error_px` (ObjMC: every asked position, lost points where the tracker guesses them), `epe_px` (only what
@@ -34,13 +33,13 @@ def by_clip(samples: Sequence[Sample], judge: Judge) -> dict[str, list[float]]:
     """
     found = {name: [total / count] for name, (total, count) in position_totals(samples).items()}
     found |= {"motion_error_px": [motion_errors(samples)], "epe_px": [motion_errors(samples, seen=True)]}
-    found["smoothness"] = [smoothness(s.video, judge.interpolator) for s in samples]
-    found["aesthetic"] = [looks(s, judge).nanmean(1) for s in samples]
+    found["smoothness"] = [s.smoothness for s in samples]
+    found["aesthetic"] = [s.looks.nanmean(1) for s in samples]
     return {name: torch.cat(parts).tolist() for name, parts in found.items()}
 
 
 def intervals(
-    values: dict[str, list[float]], samples: Sequence[Sample], truth: Sequence[Sample], judge: Judge
+    values: dict[str, list[float]], samples: Sequence[Sample], truth: Sequence[Sample]
 ) -> dict[str, dict[str, float]]:
     """Estimate and half-width of its 95 % interval for every metric of `by_clip` and both Frechet distances.
 
@@ -51,7 +50,7 @@ def intervals(
     for name, (total, count) in position_totals(samples).items():
         total, count = total[count > 0], count[count > 0]
         found[name] = replace(jackknife(len(count), _quotient(total, count)), over="positions")
-    sides = [_features(side, judge) for side in (samples, truth)]
+    sides = [_features(side) for side in (samples, truth)]
     clips = len(sides[0][0])
     for i, name in enumerate(DISTANCES):
         with warnings.catch_warnings():
@@ -68,10 +67,10 @@ def _distance(one: Tensor, other: Tensor) -> Callable[[list[int]], float]:
     return lambda rows: frechet_distance(one[rows].flatten(0, 1), other[rows].flatten(0, 1))
 
 
-def _features(samples: Sequence[Sample], judge: Judge) -> tuple[Tensor, Tensor]:
+def _features(samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
     """Vectors of each clip: `[clips, M - 1, D]`, one per latent frame after the first, and `[clips, 1, D']`."""
-    frames = torch.cat([judge.features.frames(s.video[:, :, 4::4]) for s in samples])
-    return frames, torch.cat([judge.features.videos(s.video) for s in samples])[:, None]
+    frames = torch.cat([s.frame_features for s in samples])
+    return frames, torch.cat([s.video_features for s in samples])[:, None]
 
 
 def speed(actor: Actor, episodes: Episodes, samples: Sequence[Sample], repeats: int = 3) -> dict[str, Any]:

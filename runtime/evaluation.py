@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -81,13 +82,36 @@ class Judge:
 @dataclass(frozen=True)
 class Sample:
     """Videos `[B, 3, T, H, W]` generated for clips, and where the judge found the touched points; from the reference
-    image on where frame 0 is `foreign [B]` bool (`metrics.anchor`).
+    image on where frame 0 is `foreign [B]` bool (`metrics.anchor`). What else the judge says is worked out once, when
+    it is asked for.
     """
 
     video: Tensor
     clips: ClipBatch
     tracks: Tracks
     foreign: Tensor
+    judge: Judge
+
+    @cached_property
+    def looks(self) -> Tensor:
+        """Aesthetic scores `[B, M - 1]` of the latent frames after the first; NaN where one could not be scored."""
+        term = self.judge.aesthetic.score(self.video, self.clips)
+        return term.value.where(term.valid, torch.nan)[:, 1:]
+
+    @cached_property
+    def smoothness(self) -> Tensor:
+        """VBench's motion smoothness `[B]`."""
+        return smoothness(self.video, self.judge.interpolator)
+
+    @cached_property
+    def frame_features(self) -> Tensor:
+        """Vectors `[B, M - 1, D]` of the last pixel frame of each latent frame after the first."""
+        return self.judge.features.frames(self.video[:, :, 4::4])
+
+    @cached_property
+    def video_features(self) -> Tensor:
+        """Vectors `[B, D']`."""
+        return self.judge.features.videos(self.video)
 
 
 def sample(
@@ -130,7 +154,7 @@ def divergence(actor: Actor, initial: Actor, episodes: Episodes, clips: list[Cli
 def follow(video: Tensor, clips: ClipBatch, judge: Judge) -> Sample:
     """Track the touched points of `clips` through `video`."""
     shown, foreign = anchored(video, clips.video[:, :, :1].to(video), clips.trajectory, judge.tracker)
-    return Sample(video, clips, judge.track(shown, clips.trajectory.xy[:, :, 0]), foreign)
+    return Sample(video, clips, judge.track(shown, clips.trajectory.xy[:, :, 0]), foreign, judge)
 
 
 def in_sight(clips: ClipBatch) -> Tensor:
@@ -156,12 +180,6 @@ def motion_errors(samples: Sequence[Sample], seen: bool = False) -> Tensor:
             for s in samples
         ]
     )
-
-
-def looks(sample: Sample, judge: Judge) -> Tensor:
-    """The judge's scores `[B, M - 1]` of the latent frames after the first; NaN where one could not be scored."""
-    term = judge.aesthetic.score(sample.video, sample.clips)
-    return term.value.where(term.valid, torch.nan)[:, 1:]
 
 
 def position_totals(samples: Sequence[Sample]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -195,7 +213,7 @@ def found_by(samples: list[Sample]) -> dict[str, int]:
     return dict(Counter(name for s in samples for name in s.clips.found_by if name))
 
 
-def measure(samples: list[Sample], truth: list[Sample], judge: Judge) -> dict[str, float]:
+def measure(samples: list[Sample], truth: list[Sample]) -> dict[str, float]:
     """Metrics over all samples.
 
     Returns:
@@ -206,11 +224,11 @@ def measure(samples: list[Sample], truth: list[Sample], judge: Judge) -> dict[st
         (VBench's, with the judge's interpolator), `aesthetic` (judge's scorer), `frechet` (frames) and `frechet_video`,
         both to the true clips.
     """
-    smooth = [smoothness(s.video, judge.interpolator) for s in samples]
-    scores = torch.cat([looks(s, judge).flatten() for s in samples])
+    scores = torch.cat([s.looks.flatten() for s in samples])
     error = motion_errors(samples)
     error = error[error.isfinite()]
-    frames = [_features(group, judge) for group in (samples, truth)]
+    frames = (torch.cat([s.frame_features.flatten(0, 1) for s in side]) for side in (samples, truth))
+    videos = (torch.cat([s.video_features for s in side]) for side in (samples, truth))
     return {
         "motion_error_px": float(error.mean()),
         "motion_error_px_ci": of_mean(error.tolist()).half,
@@ -218,14 +236,8 @@ def measure(samples: list[Sample], truth: list[Sample], judge: Judge) -> dict[st
         "epe_px": float(motion_errors(samples, seen=True).nanmean()),
         **{name: float(total.sum() / count.sum()) for name, (total, count) in position_totals(samples).items()},
         "foreign": float(torch.cat([s.foreign for s in samples]).double().mean()),
-        "smoothness": float(torch.cat(smooth).mean()),
+        "smoothness": float(torch.cat([s.smoothness for s in samples]).mean()),
         "aesthetic": float(scores.nanmean()),
-        "frechet": frechet_distance(frames[0][0], frames[1][0]),
-        "frechet_video": frechet_distance(frames[0][1], frames[1][1]),
+        "frechet": frechet_distance(*frames),
+        "frechet_video": frechet_distance(*videos),
     }
-
-
-def _features(samples: list[Sample], judge: Judge) -> tuple[Tensor, Tensor]:
-    """One vector per latent frame after the first, and one per video."""
-    frames = torch.cat([judge.features.frames(s.video[:, :, 4::4]).flatten(0, 1) for s in samples])
-    return frames, torch.cat([judge.features.videos(s.video) for s in samples])

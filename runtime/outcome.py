@@ -142,7 +142,8 @@ class Outcome:
         clips = self.session.truth[size].clips.select(range(len(found["video"])))
         seen = torch.ones(found["tracks"].shape[:-1])
         # shown, not measured: what was seen and where tracking began is not kept
-        return Sample(found["video"], clips, Tracks(found["tracks"], seen.bool(), seen), torch.zeros(len(clips)).bool())
+        tracks = Tracks(found["tracks"], seen.bool(), seen)
+        return Sample(found["video"], clips, tracks, torch.zeros(len(clips)).bool(), self.session.judge)
 
     def _keep(self, samples: list[Sample], update: int) -> None:
         """Save the shown samples' videos and tracks, so that a report can be made from the folder alone.
@@ -184,7 +185,7 @@ def judged(session: Session) -> dict[str, Any]:
     """How a session's policy is measured, and what true clips measure: entries of `evaluation.json`."""
     evaluation = session.settings.evaluation
     return {
-        "truth": measure(session.truth, session.truth, session.judge),
+        "truth": measure(session.truth, session.truth),
         "extractor": session.judge.features.name,
         "interpolator": session.judge.interpolator.name,
         "clips": evaluation.clips,

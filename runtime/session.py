@@ -297,7 +297,7 @@ class Session:
         episodes = replace(self.episodes, schedule=All() if renoise else Deterministic())
         actor = Actor(actor.transformer, CPS(eta=1.0), actor.causality) if renoise else actor
         samples = sample(actor, episodes, [s.clips for s in self.truth], self.judge, self._report)
-        return measure(samples, self.truth, self.judge), samples
+        return measure(samples, self.truth), samples
 
     def _report(self, frame: int, frames: int) -> None:
         self.stop.poll()

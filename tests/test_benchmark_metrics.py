@@ -148,18 +148,18 @@ def samples() -> list[Sample]:
     visible = batch.visible.clone()
     visible[1, :, 5:], visible[2] = False, False
     seen = torch.ones(3, 1, 9, dtype=torch.bool)
+    judge = Judge(LucasKanade(), "aesthetic_eval", ROOT / "assets" / "tiny", "cpu")
     seen[1, :, 3:] = False
     tracks = Tracks(path.expand(3, 1, 9, 2).clone(), seen, seen.float())
-    return [Sample(batch.video, replace(batch, visible=visible), tracks, torch.tensor([False, True, False]))]
+    return [Sample(batch.video, replace(batch, visible=visible), tracks, torch.tensor([False, True, False]), judge)]
 
 
 def test_motion_consistency_is_one_estimate_with_its_own_interval() -> None:
     """Over positions, clips together: 8 of 8 and 2 of 4 are 10 of 12, where the mean of the clips is 0.75."""
-    judge = Judge(LucasKanade(), "aesthetic_eval", ROOT / "assets" / "tiny", "cpu")
     made = samples()
-    found = measure(made, made, judge)
-    values = by_clip(made, judge)
-    known = intervals(values, made, made, judge)
+    found = measure(made, made)
+    values = by_clip(made)
+    known = intervals(values, made, made)
     assert values["motion_visible"][:2] == pytest.approx([1, 0.5]) and math.isnan(values["motion_visible"][2])
     for name, scale in (("motion_visible", 1), ("motion_consistency", 5)):
         assert found[name] == known[name]["value"] == pytest.approx(scale * 10 / 12)
@@ -171,10 +171,9 @@ def test_motion_consistency_is_one_estimate_with_its_own_interval() -> None:
 
 
 def test_what_cannot_be_scored_is_left_out_of_the_mean() -> None:
-    judge = Judge(LucasKanade(), "aesthetic_eval", ROOT / "assets" / "tiny", "cpu")
     made, spoilt = samples(), samples()
     spoilt[0].video[1, 0, 4, 2, 2] = torch.inf
-    whole, found = by_clip(made, judge)["aesthetic"], by_clip(spoilt, judge)["aesthetic"]
+    whole, found = by_clip(made)["aesthetic"], by_clip(spoilt)["aesthetic"]
     assert found[::2] == whole[::2] and math.isnan(found[1])
 
 
