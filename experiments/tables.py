@@ -12,6 +12,7 @@ what is published is all that is recorded. Interrupt it at will: it goes on wher
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -44,6 +45,8 @@ from runtime.runlog import read as read_log
 
 METRICS = ("frechet", "frechet_video", "aesthetic", "smoothness", "motion_consistency", "motion_error_px")
 REWARDS = ("motion", "aesthetic")
+# Updates that make a point of the figure: each has prompts of its own, so that single ones say little.
+MEANS = 10
 HEADS = ("first frame, s", "FID", "FVD", "aesthetic", "smoothness", "motion consistency", "ObjMC, px")
 # row: (title, the paper's latency, FID, FVD, aesthetic, smoothness, motion consistency); the title alone where the
 # paper has no such row.
@@ -182,13 +185,15 @@ def text_of(rows: list[Row]) -> str:
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Plot both rewards over the updates of GRPO: mean over seeds, and their range."""
+    """Plot both rewards over the updates of GRPO, means of `MEANS` updates: mean over seeds, and their range."""
     page, axes = figure(2, width=10, height=4)
     for panel, term in zip(axes, REWARDS, strict=True):
         logs = [row["rewards"][term] for row in rows]
         length = min(map(len, logs))  # an update that was left out has none
-        plot_ranges(panel, {"grpo": (range(1, length + 1), [log[:length] for log in logs])})
-        panel.set(xlabel="update", ylabel=f"reward term {term}, unweighted")
+        ends = range(min(MEANS, length), length + 1, MEANS)
+        curves = [[statistics.mean(log[max(0, end - MEANS) : end]) for end in ends] for log in logs]
+        plot_ranges(panel, {f"full, {len(rows)} seeds": (ends, curves)})
+        panel.set(xlabel=f"update (means of {MEANS})", ylabel=f"reward term {term}, unweighted")
     page.savefig(path, dpi=120)
 
 
