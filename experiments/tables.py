@@ -4,9 +4,10 @@ Every row is measured by `evaluate.py` on the benchmark of 206 clips, 4 times as
 latent frames is shorter than a clip). What a row needs is taken from the cells of `learn.py` (GRPO on the shipped
 student) and of `ablation_step1.py` (students distilled another way) and trained there where it is missing; a student
 that was not made by the shipped chain first sees weak tracks as the shipped one does, then GRPO. Nothing is trained for
-a row that is recorded. `--rows` names some rows only, such as `--rows no_rl,initial,teacher`, which need no training;
-what is published is all that is recorded. Interrupt it at will: it goes on where it stopped. The result is
-`docs/results/tables.jsonl`, `tables.md` and, where there are GRPO runs, `tables.png`.
+a row that is recorded. Latencies are measured last, one run at a time. `--rows` names some rows only, such as `--rows
+no_rl,initial,teacher`, which need no training; what is published is all that is recorded. Interrupt it at will: it goes
+on where it stopped. The result is `docs/results/tables.jsonl`, `tables.md` and, where there are GRPO runs,
+`tables.png`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from experiments import ablation_step1, learn
@@ -45,6 +46,8 @@ from runtime.runlog import read as read_log
 
 METRICS = ("frechet", "frechet_video", "aesthetic", "smoothness", "motion_consistency", "motion_error_px")
 REWARDS = ("motion", "aesthetic")
+# Clips of the run that measures latency: `speed` takes one of them.
+ALONE = 8
 # Updates that make a point of the figure: each has prompts of its own, so that single ones say little.
 MEANS = 10
 HEADS = ("first frame, s", "FID", "FVD", "aesthetic", "smoothness", "motion consistency", "ObjMC, px")
@@ -83,10 +86,11 @@ WEAK = (
 )
 
 
+@dataclass(frozen=True)
 class Rows:
     """Names the cells that measure the rows, and the runs that these start from; trains nothing.
 
-    Args:
+    Attributes:
         learned: where `learn.py` keeps its cells.
         distilled: where `ablation_step1.py` keeps its cells.
         updates: of GRPO.
@@ -94,9 +98,15 @@ class Rows:
         clips: of the benchmark.
     """
 
-    def __init__(self, learned: Home, distilled: Home, updates: int, steps: int, clips: int) -> None:
-        self.learned, self.distilled = learned, distilled
-        self.updates, self.steps, self.clips = updates, steps, clips
+    learned: Home
+    distilled: Home
+    updates: int
+    steps: int
+    clips: int
+
+    def alone(self, row: str) -> Cell:
+        """The cell that measures how fast a row's first policy is: few clips, and nothing else runs beside it."""
+        return replace(replace(self, clips=ALONE).cell(row, 0), arm=alone(row))
 
     def cell(self, row: str, seed: int) -> Cell:
         """The cell that measures a row's policy."""
@@ -129,6 +139,11 @@ class Rows:
         return Cell(f"{row}_grpo", seed, "grpo.py", learning, after=weak)
 
 
+def alone(row: str) -> str:
+    """The arm of the run that measures a row's latency."""
+    return f"{row}_alone"
+
+
 def seeds_of(row: str, seeds: int) -> range:
     """The shipped models have no seeds of their own."""
     return range(1 if row in SHIPPED else seeds)
@@ -159,7 +174,8 @@ def table(rows: list[Row], titles: Mapping[str, tuple[str, ...]]) -> str:
     for row, (title, *paper) in titles.items():
         if row in arms:
             members = arms[row]
-            lines.append([title, str(len(members)), latency(members), *(_cell(members, key) for key in METRICS)])
+            first_frame = latency(arms.get(alone(row), []))
+            lines.append([title, str(len(members)), first_frame, *(_cell(members, key) for key in METRICS)])
             lines += [["&emsp;the paper", "", *paper, ""]] if paper else []
     return markdown(["", "seeds", *HEADS], lines) if lines else ""
 
@@ -179,7 +195,7 @@ def text_of(rows: list[Row]) -> str:
         "± is the standard deviation over seeds of training; (±), of one policy, half a 95 % interval over clips.",
         f"FID and FVD are Frechet distances between features of {rows[0]['extractor']}: "
         "not comparable with the paper's.",
-        BUSY,
+        f"First frame: one thread, seed 0, nothing beside it; {BUSY}",
     )
     return "".join(f"**{title}**\n\n{text}\n" for title, text in parts.items() if text) + "\n".join(notes) + "\n"
 
@@ -217,7 +233,8 @@ def main() -> None:
     every = [named.cell(row, seed) for row in rows for seed in seeds_of(row, options.seeds)]
     todo = [cell for cell in every if cell.arm in chosen]
     run_all("tables", todo, options.out, weights, options.jobs, measured)
-    known = list(recorded("tables", every, weights).values())
+    run_all("tables", [named.alone(row) for row in rows if row in chosen], options.out, weights, 1, measured)
+    known = list(recorded("tables", [*every, *map(named.alone, rows)], weights).values())
     publish("tables", text_of(known))
     full = [row for row in known if row["arm"] == "full"]
     if full:

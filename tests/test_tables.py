@@ -83,14 +83,14 @@ def test_rows_of_the_tables_that_are_recorded_need_no_run(
     """Not even those that they start from, as in a fresh clone; a part of the rows publishes all of them."""
     text = make_tables(tmp_path, monkeypatch, "--rows", "no_rl,full")
     count = len(started)
-    assert text.count("the paper") == 3 and count == 5
+    assert text.count("the paper") == 3 and count == 7
     shutil.rmtree(tmp_path / "runs")
     figure = tmp_path / "results" / "tables.png"
     figure.unlink()
     assert make_tables(tmp_path, monkeypatch, "--rows", "no_rl") == text and len(started) == count
     assert figure.is_file(), "of the recorded runs"
     more = make_tables(tmp_path, monkeypatch, "--rows", "full,cache15")
-    assert more.count("the paper") == 4 and len(started) == count + 4
+    assert more.count("the paper") == 4 and len(started) == count + 5
     with pytest.raises(SystemExit):
         make_tables(tmp_path, monkeypatch, "--rows", "nosuch")
 
