@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -40,18 +41,22 @@ def of_mean(values: Sequence[float]) -> Estimate:
 def jackknife(clips: int, distance: Callable[[list[int]], float], parts: int = PARTS) -> Estimate:
     """A number of a whole set, such as a Frechet distance, by the delete-a-group jackknife.
 
-    A bootstrap would repeat clips, which biases Frechet distances upwards.
+    A bootstrap would repeat clips, which biases Frechet distances upwards. Groups are drawn by lot, the same for every
+    set of that size: clips of one kind may stand at even distances (speeds of the benchmark do), and groups of one kind
+    each would differ by more than clips do.
 
     Args:
         clips: size of the set.
         distance: the number for some of the clips, by index.
-        parts: groups that are left out in turn; every `parts`-th clip is in one.
+        parts: groups that are left out in turn.
     """
     value = distance(list(range(clips)))
     parts = min(parts, clips)
     if clips < 3:  # a distance needs two of them
         return Estimate(value, math.nan, clips)
-    without = [distance([i for i in range(clips) if i % parts != part]) for part in range(parts)]
+    group = [i % parts for i in range(clips)]
+    random.Random(0).shuffle(group)
+    without = [distance([i for i in range(clips) if group[i] != part]) for part in range(parts)]
     centre = statistics.fmean(without)
     error = math.sqrt((parts - 1) / parts * sum((x - centre) ** 2 for x in without))
     return Estimate(value, t95(parts - 1) * error, clips)
