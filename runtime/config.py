@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import runtime.hydra_sum  # noqa: F401  registers reward=motion+0.5*aesthetic
+from rewards.aesthetic import tower
 from runtime import STARTED, rules, schema
 from runtime.checkpoint import read_state
 from runtime.identity import BEGUN, differences, flatten, identity
@@ -61,7 +62,10 @@ def validate(cfg: DictConfig, experiment: str = "train") -> Plan:
     settings: Settings = schema.build(Settings, config)
     rules.check(settings, trains=experiment not in MEASURE)
     if settings.checkpoint is not None:
-        _same_model(Path(settings.checkpoint), config)
+        saved = read_state(Path(settings.checkpoint))["config"]
+        _same_model(settings.checkpoint, saved, config)
+        if experiment in MEASURE:
+            _check_judges(settings, saved, config["evaluation"])
     settings.model.check(settings.rollout.frames)
     if hasattr(settings.stage, "teacher"):
         _check_teacher(settings)
@@ -149,9 +153,27 @@ def _same_run(folder: Path, config: dict[str, Any]) -> None:
         raise ValueError(f"resume=true: not the config of the run in {folder}: {'; '.join(found)}")
 
 
-def _same_model(folder: Path, config: dict[str, Any]) -> None:
-    found = differences(
-        flatten(read_state(folder)["config"].get("model", {}), "model."), flatten(config["model"], "model.")
+def _check_judges(settings: Settings, saved: dict[str, Any], evaluation: dict[str, Any]) -> None:
+    """What rewarded a checkpoint cannot measure it; read as text, for a reward of one's own may not be here."""
+    if saved.get("stage") is not None:
+        return
+    rewarded, judge = (each["tracker"]["_target_"] for each in (saved, evaluation))
+    other = "lucas_kanade" if judge.endswith("NCC") else "ncc"
+    rules.require(
+        rewarded != judge,
+        f"checkpoint={settings.checkpoint} was rewarded by {judge.rpartition('.')[2]}; the one that evaluates must be "
+        f"another: add tracker@evaluation.tracker={other}",
     )
+    assets, scorer = settings.model.folder, settings.evaluation.scorer
+    models = {str(term["model"]) for term in saved["reward"].values() if isinstance(term.get("model"), str)}
+    rules.require(
+        tower(assets, scorer).resolve() not in {tower(assets, model).resolve() for model in models},
+        f"checkpoint={settings.checkpoint} was rewarded by the tower evaluation.scorer={scorer}; the one that "
+        "evaluates must be another, such as evaluation.scorer=aesthetic_eval",
+    )
+
+
+def _same_model(folder: str | Path, saved: dict[str, Any], config: dict[str, Any]) -> None:
+    found = differences(flatten(saved.get("model", {}), "model."), flatten(config["model"], "model."))
     if found:
         raise ValueError(f"checkpoint={folder} is of another model: {'; '.join(found)}")

@@ -36,7 +36,9 @@ def check(settings: Settings, trains: bool = True) -> None:
     """
     rl, stages = (groups, minibatches, stochasticity, alarms), (step1, preferences)
     own = stages if settings.stage is not None else rl if trains else ()
-    for rule in (*own, *((precision,) if trains else ()), engines, trackers, scorers, frames, sizes, clips, run_folder):
+    # What is measured was rewarded as its checkpoint says (`config._check_judges`), not as this command line does.
+    judges = () if settings.checkpoint is not None and not trains else (trackers, scorers)
+    for rule in (*own, *((precision,) if trains else ()), engines, *judges, parts, frames, sizes, clips, run_folder):
         rule(settings)
 
 
@@ -170,6 +172,10 @@ def trackers(settings: Settings) -> None:
         f"one that evaluates must not be the one that "
         f"rewards: change one, such as tracker=ncc tracker@evaluation.tracker=lucas_kanade",
     )
+
+
+def parts(settings: Settings) -> None:
+    """What trackers, extractors and interpolators need is there."""
     judges = settings.evaluation
     for part in (settings.tracker, judges.tracker, judges.extractor, judges.interpolator):
         if hasattr(part, "check"):  # needs a package or files

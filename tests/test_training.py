@@ -22,6 +22,7 @@ from runtime import videos
 from runtime.config import CONF, Plan, as_trained, validate
 from runtime.session import Session
 from tests.test_clips import PATH, frame_folder, pixels
+from tracking.ncc import NCC
 
 CLIPS = Path(__file__).resolve().parents[2] / "shared" / "data" / "clips"
 
@@ -73,7 +74,8 @@ def evaluated(run_dir: Path, *overrides: str) -> Session:
     """What `python experiments/evaluate.py checkpoint=...` measures."""
     given = [f"checkpoint={run_dir / 'checkpoints' / 'step_000001'}", "evaluation.clips=3", *overrides]
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        made = validate(as_trained(compose("evaluate", [*given, f"run_dir={run_dir / 'measured'}"]), given))
+        cfg = as_trained(compose("evaluate", [*given, f"run_dir={run_dir / 'measured'}"]), given)
+        made = validate(cfg, "evaluate")
     return Session(made.settings, made.config)
 
 
@@ -88,6 +90,17 @@ def test_a_checkpoint_measures_as_its_run_did(model: Path, tmp_path: Path, optio
     # The command line has the last word.
     other = evaluated(tmp_path / "run", "rollout.frames=6", "world=sprites", "world.sizes=[16x24]").truth[0].clips
     assert other.video.shape[2:] == (21, 16, 24)
+
+
+def test_what_rewarded_a_checkpoint_does_not_measure_it(model: Path, tmp_path: Path) -> None:
+    swapped = ["tracker=lucas_kanade", "tracker@evaluation.tracker=ncc"]
+    run(plan(model, tmp_path / "run", *swapped))
+    with pytest.raises(ValueError, match=r"was rewarded by LucasKanade.*add tracker@evaluation.tracker=ncc"):
+        evaluated(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"was rewarded by the tower evaluation\.scorer=aesthetic;"):
+        evaluated(tmp_path / "run", swapped[1], "evaluation.scorer=aesthetic")
+    judge = evaluated(tmp_path / "run", swapped[1]).judge  # NCC, which rewards by default
+    assert isinstance(judge.tracker, NCC)
 
 
 def test_how_far_a_policy_has_moved(model: Path, tmp_path: Path) -> None:
