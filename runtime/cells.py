@@ -18,7 +18,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -143,7 +143,8 @@ def run_all(
 ) -> list[Row]:
     """Run what is missing, `jobs` cells at a time on one CPU thread each; results in the order of `cells`.
 
-    Results are kept in `docs/results/<table>.jsonl` as they come; what stands there already is not run again.
+    Results are kept in `docs/results/<table>.jsonl` as they come; what stands there already is not run again. After a
+    failure, or Ctrl-C, no further cell is begun, and the results of those that end are kept.
 
     Args:
         table: name of the file of results.
@@ -154,12 +155,12 @@ def run_all(
         read: tells what a cell's folder holds when its run is done.
     """
     path, found = RESULTS / f"{table}.jsonl", recorded(table, cells, weights)
-    others = [row for row in rows_in(path) if row["weights"] == weights and row not in found.values()]
 
     def keep(name: str, row: Row) -> None:
         found[name] = row
         commands = {each["command"] for each in found.values()}  # under other settings than before, perhaps
-        rest = (other for other in others if other["command"] not in commands)
+        # Read again: another process may have added rows.
+        rest = [other for other in rows_in(path) if other["weights"] == weights and other["command"] not in commands]
         write_rows(path, [*(found[cell.name] for cell in cells if cell.name in found), *rest])
         error = f": motion error {row['after']['motion_error_px']:.3f} px" if row.get("after") else " is done"
         print(f"{name}{error}", flush=True)
@@ -167,9 +168,31 @@ def run_all(
     with ThreadPoolExecutor(jobs) as pool:
         missing = [cell for cell in cells if cell.name not in found]
         runs = {pool.submit(run, cell, out, 1, weights, read): cell.name for cell in missing}
-        for done in as_completed(runs):
-            keep(runs[done], done.result())
+        try:
+            failed = _keep_all(runs, keep)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    if failed is not None:
+        raise failed
     return [found[cell.name] for cell in cells]
+
+
+def _keep_all(runs: Mapping[Future[Row], str], keep: Callable[[str, Row], None]) -> BaseException | None:
+    """Keep results as runs end; after a failure cancel those that have not begun, and return it."""
+    failed = None
+    for done in as_completed(runs):
+        if done.cancelled():
+            continue
+        error = done.exception()
+        if error is None:
+            keep(runs[done], done.result())
+        elif failed is None:
+            failed = error
+            print(f"{runs[done]} failed; no further cell is begun", flush=True)
+            for other in runs:
+                other.cancel()
+    return failed
 
 
 def recorded(table: str, cells: Sequence[Cell], weights: str) -> dict[str, Row]:

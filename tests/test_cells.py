@@ -6,10 +6,12 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -79,6 +81,31 @@ def test_a_run_that_was_stopped_is_no_result(tmp_path: Path) -> None:
     (tmp_path / "evaluation.json").write_text(json.dumps({"curve": [{"update": 0}], "complete": False}))
     with pytest.raises(RuntimeError, match="stopped before its end"):
         cells.evaluated(tmp_path)
+
+
+def test_after_a_failure_no_cell_is_begun_and_what_ends_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, started: list[tuple[str, ...]]
+) -> None:
+    whole, failed = cells._start, Event()
+
+    def start(script: str, overrides: tuple[str, ...], folder: Path, threads: int) -> None:
+        if folder.name == "arm_0":
+            failed.set()
+            raise RuntimeError("arm_0 failed with exit code 1")
+        failed.wait(60)
+        time.sleep(0.5)  # the failure is seen first
+        whole(script, overrides, folder, threads)
+
+    monkeypatch.setattr(cells, "_start", start)
+    monkeypatch.setattr(cells, "RESULTS", tmp_path)
+    todo = [Cell("arm", seed, "evaluate.py", (f"seed={seed}",)) for seed in range(5)]
+    with pytest.raises(RuntimeError, match="arm_0 failed"):
+        cells.run_all("table", todo, tmp_path / "runs", "w", 2)
+    kept = [row["seed"] for row in cells.rows_in(tmp_path / "table.jsonl")]
+    assert 1 in kept and 4 not in kept and len(started) == len(kept) < 4
+    other = [Cell("arm", 9, "evaluate.py", ("seed=9",))]
+    cells.run_all("table", other, tmp_path / "runs", "w", 1)
+    assert sorted(row["seed"] for row in cells.rows_in(tmp_path / "table.jsonl")) == [*kept, 9]
 
 
 @pytest.fixture
