@@ -4,10 +4,10 @@ Every row is measured by `evaluate.py` on the benchmark of 206 clips, 4 times as
 latent frames is shorter than a clip). What a row needs is taken from the cells of `learn.py` (GRPO on the shipped
 student) and of `ablation_step1.py` (students distilled another way) and trained there where it is missing; a student
 that was not made by the shipped chain first sees weak tracks as the shipped one does, then GRPO. Nothing is trained for
-a row that is recorded. Latencies are measured last, one run at a time. `--rows` names some rows only, such as `--rows
-no_rl,initial,teacher`, which need no training; what is published is all that is recorded. Interrupt it at will: it goes
-on where it stopped. The result is `docs/results/tables.jsonl`, `tables.md` and, where there are GRPO runs,
-`tables.png`.
+a row that is recorded. Latencies are measured last, one run at a time, of the runs whose folders are here. `--rows`
+names some rows only, such as `--rows no_rl,initial,teacher`, which need no training; what is published is all that is
+recorded. Interrupt it at will: it goes on where it stopped. The result is `docs/results/tables.jsonl`, `tables.md` and,
+where there are GRPO runs, `tables.png`.
 """
 
 from __future__ import annotations
@@ -144,6 +144,14 @@ def alone(row: str) -> str:
     return f"{row}_alone"
 
 
+def is_here(cell: Cell, out: Path) -> bool:
+    """Whether the run that a cell starts from is there: for its latency alone nothing is trained."""
+    if cell.after is None:
+        return True
+    home = cell.after.home.out if cell.after.home else out
+    return (home / cell.after.name / "result.json").is_file()
+
+
 def seeds_of(row: str, seeds: int) -> range:
     """The shipped models have no seeds of their own."""
     return range(1 if row in SHIPPED else seeds)
@@ -233,8 +241,10 @@ def main() -> None:
     every = [named.cell(row, seed) for row in rows for seed in seeds_of(row, options.seeds)]
     todo = [cell for cell in every if cell.arm in chosen]
     run_all("tables", todo, options.out, weights, options.jobs, measured)
-    run_all("tables", [named.alone(row) for row in rows if row in chosen], options.out, weights, 1, measured)
-    known = list(recorded("tables", [*every, *map(named.alone, rows)], weights).values())
+    fast = {row: named.alone(row) for row in rows}
+    timed = [cell for row, cell in fast.items() if row in chosen and is_here(cell, options.out)]
+    run_all("tables", timed, options.out, weights, 1, measured)
+    known = list(recorded("tables", [*every, *fast.values()], weights).values())
     publish("tables", text_of(known))
     full = [row for row in known if row["arm"] == "full"]
     if full:

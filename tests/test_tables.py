@@ -89,8 +89,12 @@ def test_rows_of_the_tables_that_are_recorded_need_no_run(
     figure.unlink()
     assert make_tables(tmp_path, monkeypatch, "--rows", "no_rl") == text and len(started) == count
     assert figure.is_file(), "of the recorded runs"
+    recorded = tmp_path / "results" / "tables.jsonl"
+    recorded.write_text("".join(line for line in recorded.open() if "full_alone" not in line))
+    make_tables(tmp_path, monkeypatch, "--rows", "no_rl,full")
+    assert len(started) == count, "nothing is trained for a latency alone"
     more = make_tables(tmp_path, monkeypatch, "--rows", "full,cache15")
-    assert more.count("the paper") == 4 and len(started) == count + 5
+    assert more.count("the paper") == 4 and len(started) == count + 6
     with pytest.raises(SystemExit):
         make_tables(tmp_path, monkeypatch, "--rows", "nosuch")
 
