@@ -15,6 +15,7 @@ def run(plan: Plan) -> None:
 
     from rewards.base import RewardContext
     from rewards.composite import Composite
+    from rewards.remote import known_clip
     from runtime.reward_server import application
     from runtime.session import device_of
 
@@ -22,6 +23,10 @@ def run(plan: Plan) -> None:
     with setup_phase():
         rewards = Composite(terms=settings.reward, on_failure="drop")
         rewards.prepare(RewardContext(device_of(settings.device), settings.tracker, settings.model.folder))
+        if not bool(rewards.score(*known_clip())["valid"].all()):
+            raise ValueError(
+                f"reward={'+'.join(settings.reward)} cannot score a known clip; the warnings above say why"
+            )
         app = application(rewards)
     stage = settings.stage
     print(f"{' + '.join(settings.reward)} at http://{stage.host}:{stage.port}; health: /health; ^C ends it", flush=True)

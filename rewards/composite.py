@@ -126,7 +126,8 @@ class Composite:
             reason = str(error) if isinstance(error, RewardFailed) else f"{type(error).__name__}: {error}"
             if stop:
                 raise RewardFailed(f"reward {name} failed: {reason}") from error
-            warnings.warn(f"reward {name} failed and is left out: {reason}")
+            rest = "its groups are summed without it" if name in self.optional else "its groups are dropped"
+            warnings.warn(f"reward {name} failed, {rest}: {reason}")
             nothing = video.new_zeros(shape)
             return RewardTerm(nothing, nothing.bool(), {"failed": 1.0})
         value = result.value.float()  # beyond float32's range is not finite either

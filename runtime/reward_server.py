@@ -50,7 +50,7 @@ def total(rewards: Composite, body: bytes) -> bytes:
 
 def application(rewards: Composite, largest: int = 2**30) -> Starlette:
     """`POST /score` takes a request, `GET /health` scores a known clip (503 where it cannot). One call is computed at a
-    time.
+    time, and none whose client has given up.
 
     Args:
         rewards: prepared.
@@ -76,6 +76,8 @@ def application(rewards: Composite, largest: int = 2**30) -> Starlette:
         body.clear()
         try:
             async with turn:
+                if await request.is_disconnected():  # nobody waits for it any more
+                    return Response(status_code=499)
                 found = await asyncio.to_thread(total, rewards, whole)
         except ValueError as error:
             return PlainTextResponse(str(error), status_code=400)

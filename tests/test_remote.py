@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rewards.base import RewardContext, RewardFailed, RewardTerm
+from rewards.base import RewardContext, RewardFailed, RewardTerm, latent_frames
 from rewards.composite import Composite
 from rewards.motion import Motion
 from rewards.remote import Remote, answer, known_clip, read_answer, read_request, request
@@ -130,6 +131,43 @@ def test_a_service_that_cannot_score_is_not_healthy_and_not_valid() -> None:
         assert httpx.get(f"{url}/health").status_code == 503
         with pytest.raises(ValueError, match="answers 503: no sample could be scored"):
             Remote(url=url, retries=0).prepare(CONTEXT)
+
+
+@dataclass
+class Slow:
+    """A reward that takes its time; `calls` says how often it was asked."""
+
+    seconds: float
+    calls: int = 0
+    weight: float = 1.0
+
+    def prepare(self, context: RewardContext) -> None: ...
+
+    def score(self, video: Tensor, batch: Any) -> RewardTerm:
+        self.calls += 1
+        time.sleep(self.seconds)
+        value = torch.zeros(len(video), latent_frames(video.shape[2]))
+        return RewardTerm(value, value == 0)
+
+
+def test_a_service_does_not_work_for_clients_that_have_given_up() -> None:
+    slow = Slow(seconds=2.0)
+    clip, control = render(PATH)[None], asking(PATH)
+    with served(application(Composite(terms={"slow": slow}))) as url:
+        impatient, patient = Remote(url=url, retries=0, deadline=0.8, breaker=9), Remote(url=url, deadline=30.0)
+        patient.score(clip, control)  # the first request imports what later ones need
+        ask = [threading.Thread(target=_refused, args=(impatient, clip, control)) for _ in range(4)]
+        for thread in ask:
+            thread.start()
+        for thread in ask:
+            thread.join()
+        patient.score(clip, control)
+    assert slow.calls <= 3, "of the impatient ones the first at most"
+
+
+def _refused(remote: Remote, clip: Tensor, control: Any) -> None:
+    with pytest.raises(RewardFailed):
+        remote.score(clip, control)
 
 
 @pytest.mark.parametrize(("value", "valid"), [(1.0, False), (math.nan, True)])
