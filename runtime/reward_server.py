@@ -74,6 +74,7 @@ def application(rewards: Composite, largest: int = 2**30) -> Starlette:
                 return refused
         whole = bytes(body)
         body.clear()
+        await request.is_disconnected()  # a large body stops uvicorn's reading, and so its ears; asking starts it again
         try:
             async with turn:
                 if await request.is_disconnected():  # nobody waits for it any more
