@@ -43,15 +43,15 @@ def run(plan: Plan) -> None:
     folder = Path(session.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "evaluation.json").write_text(json.dumps(found, indent=1))
-    draw_samples(folder / "videos", [("true clip", session.truth), ("policy", samples)])
+    draw_samples(folder / "videos", [("true clip", session.truth), ("policy", samples)], spread=True)
     for name, shown in (("true", session.truth), ("policy", samples)):  # for side_by_side.py
-        draw_samples(folder / "clips" / name, [(name, shown)])
+        draw_samples(folder / "clips" / name, [(name, shown)], spread=True)
     print(f"results and videos: {folder}")
 
 
 def details(session: Session, samples: list[Sample]) -> dict[str, Any]:
     """What `evaluation.json` holds beside means: how they were measured, every clip, intervals, speed."""
-    from runtime.benchmark import by_clip, intervals
+    from runtime.benchmark import by_clip, intervals, judging_weights
     from runtime.evaluation import error_by_frame, found_by
 
     judged, judge = session.settings.evaluation, session.judge
@@ -60,6 +60,7 @@ def details(session: Session, samples: list[Sample]) -> dict[str, Any]:
         "error_by_frame": error_by_frame(samples),
         "extractor": judge.features.name,
         "interpolator": judge.interpolator.name,
+        "judging_weights": judging_weights(judge),
         "clips": judged.clips,
         "tracker": type(judged.tracker).__name__,
         "found_by": found_by(session.truth),

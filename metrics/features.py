@@ -60,8 +60,11 @@ class ClipFeatures:
         """
         from metrics.clip_vision import ClipVision
 
-        folder = assets / self.model
-        object.__setattr__(self, "_tower", ClipVision(folder if folder.is_dir() else Path(self.model)).to(device))
+        object.__setattr__(self, "_tower", ClipVision(self.folder(assets)).to(device))
+
+    def folder(self, assets: Path) -> Path:
+        """Where the tower is."""
+        return assets / self.model if (assets / self.model).is_dir() else Path(self.model)
 
     def frames(self, video: Tensor) -> Tensor:
         """See `FeatureExtractor.frames`."""

@@ -44,7 +44,7 @@ class Aesthetic:
         if not 1 <= self.frames <= 4:
             raise ValueError(f"reward.aesthetic.frames must be 1 to 4 (a latent frame has 4), got {self.frames}")
         if self.sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", self.sha256):
-            raise ValueError(f"reward.aesthetic.sha256 must be 64 hex digits, got {self.sha256}")
+            raise ValueError(f"the sha256 of an aesthetic head must be 64 hex digits, got {self.sha256}")
 
     def prepare(self, context: RewardContext) -> None:
         """Load the network and the head.
@@ -55,13 +55,16 @@ class Aesthetic:
         """
         from metrics.clip_vision import ClipVision
 
-        folder = tower(context.assets, self.model)
+        folder, path = tower(context.assets, self.model), self.head_file(context.assets)
         vision = ClipVision(folder).to(context.device)
-        path = Path(self.head).expanduser() if self.head else folder / "head.safetensors"
         w, b = load_head(path, self.sha256)
         if w.shape[0] != vision.width:
             raise ValueError(f"{path} scores embeddings of {w.shape[0]} dimensions but {folder} gives {vision.width}")
         object.__setattr__(self, "_scorer", (vision, w.to(context.device), b))
+
+    def head_file(self, assets: Path) -> Path:
+        """Where the head is."""
+        return Path(self.head).expanduser() if self.head else tower(assets, self.model) / "head.safetensors"
 
     def score(self, video: Tensor, batch: ClipBatch) -> RewardTerm:
         """See `Reward.score`. Every latent frame has this term, the first too."""
@@ -102,7 +105,8 @@ def load_head(path: Path, sha256: str | None = None) -> tuple[Tensor, float]:
 
     if not path.is_file():
         raise FileNotFoundError(
-            f"no aesthetic head at {path}; set reward.aesthetic.head to a .pth or .safetensors file"
+            f"no aesthetic head at {path}; name a .pth or .safetensors file: reward.aesthetic.head, or of the judge "
+            "+evaluation.scorer_head"
         )
     found = hashlib.sha256(path.read_bytes()).hexdigest() if sha256 else ""
     if sha256 and found != sha256.lower():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import statistics
 import time
@@ -13,10 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from metrics.features import ClipFeatures
 from metrics.frechet import frechet_distance
 from metrics.intervals import Estimate, jackknife, of_mean
 from policies.sampler import generate
-from runtime.evaluation import EVALUATION_SEED, Sample, motion_errors, position_totals
+from rewards.aesthetic import tower
+from runtime.checkpoint import sha256
+from runtime.evaluation import EVALUATION_SEED, Judge, Sample, motion_errors, position_totals
 
 if TYPE_CHECKING:
     from policies.actor import Actor
@@ -71,6 +75,21 @@ def _features(samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
     """Vectors of each clip: `[clips, M - 1, D]`, one per latent frame after the first, and `[clips, 1, D']`."""
     frames = torch.cat([s.frame_features for s in samples])
     return frames, torch.cat([s.video_features for s in samples])[:, None]
+
+
+def judging_weights(judge: Judge) -> dict[str, str]:
+    """Short hashes of the networks that judge: of the scorer's tower and head, and of the extractor's tower.
+
+    Two networks may have one name, as the scorers of two model folders do.
+    """
+    assets, found = judge.assets, {}
+    towers = {"scorer": tower(assets, judge.aesthetic.model)}
+    if isinstance(judge.features, ClipFeatures):  # others have a hash in their names
+        towers["extractor"] = judge.features.folder(assets)
+    for role, folder in towers.items():
+        files = [folder / "model.safetensors", *([judge.aesthetic.head_file(assets)] if role == "scorer" else [])]
+        found[role] = hashlib.sha256(" ".join(map(sha256, files)).encode()).hexdigest()[:12]
+    return found
 
 
 def speed(actor: Actor, episodes: Episodes, samples: Sequence[Sample], repeats: int = 3) -> dict[str, Any]:

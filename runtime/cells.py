@@ -349,8 +349,12 @@ def spread(values: list[float], metric: str = "") -> str:
 def latency(measured: Sequence[Row]) -> str:
     """Seconds to the first frame, with `†` where the machine was busy; empty where it was not measured."""
     speeds = [each["speed"] for each in measured if each.get("speed")]
-    busy = any(speed.get("load", math.inf) > speed.get("cores", 0) for speed in speeds)
-    return spread([speed["latency_s"] for speed in speeds]) + " †" * busy if speeds else ""
+    return spread([speed["latency_s"] for speed in speeds]) + " †" * any(map(busy, speeds)) if speeds else ""
+
+
+def busy(speed: Mapping[str, Any]) -> bool:
+    """Whether a machine had more to do than cores when a speed was measured there, or did not say."""
+    return bool(speed.get("load", math.inf) > speed.get("cores", 0))
 
 
 def interval(values: list[float]) -> tuple[float, float]:

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 # Part of every evaluation's identity: all runs, whatever their seed, are measured on the same noise.
 EVALUATION_SEED = 2_000_000_011
-BATCH = 32
 # Clips that a tracker takes at a time: at full size a handful fills a device.
 TRACKED = 4
 
@@ -44,7 +43,7 @@ class Judge:
 
     Args:
         tracker: finds the motion.
-        scorer: folder of the aesthetic model under `assets`.
+        scorer: of looks; prepared here.
         assets: folder of the model.
         device: torch device.
         extractor: features of Frechet distances; None takes the scorer's tower.
@@ -54,19 +53,19 @@ class Judge:
     def __init__(
         self,
         tracker: Tracker,
-        scorer: str,
+        scorer: Aesthetic,
         assets: Path,
         device: str,
         extractor: FeatureExtractor | None = None,
         interpolator: Interpolator | None = None,
     ) -> None:
         make_ready(tracker, device)
-        self.tracker, self.device = tracker, device
-        self.features = extractor or ClipFeatures(model=scorer, label=f"tiny-clip:{scorer}")
+        self.tracker, self.device, self.assets = tracker, device, assets
+        self.features = extractor or ClipFeatures(model=scorer.model, label=f"tiny-clip:{scorer.model}")
         self.features.prepare(assets, device)
         self.interpolator: Interpolator = interpolator or Linear()
         self.interpolator.prepare(assets, device)
-        self.aesthetic = Aesthetic(model=scorer)
+        self.aesthetic = scorer
         self.aesthetic.prepare(RewardContext(device, tracker, assets))
 
     def track(self, video: Tensor, queries: Tensor) -> Tracks:
@@ -119,14 +118,17 @@ def sample(
     episodes: Episodes,
     clips: list[ClipBatch],
     judge: Judge,
+    size: int,
     on_step: Callable[[int, int], None] = lambda frame, frames: None,
 ) -> list[Sample]:
-    """Generate a video for each clip and follow its touched points; `episodes` decides steps and schedule."""
+    """Generate a video for each clip, `size` at a time, and follow its touched points; `episodes` decides steps and
+    schedule.
+    """
     found, first = [], 0
     for batch in clips:
         videos = []
-        for begin in range(0, len(batch), BATCH):
-            part = batch.select(range(begin, min(begin + BATCH, len(batch))))
+        for begin in range(0, len(batch), size):
+            part = batch.select(range(begin, min(begin + size, len(batch))))
             state, _ = episodes.begin(part, 1, EVALUATION_SEED, 0, first_prompt=first + begin)
             chain = generate(actor.transformer, actor.transition, actor.causality, state, on_step=on_step)
             videos.append(episodes.networks.video.decode(chain.latents[:, :, -1]).cpu())
@@ -136,18 +138,20 @@ def sample(
 
 
 @torch.no_grad()
-def divergence(actor: Actor, initial: Actor, episodes: Episodes, clips: list[ClipBatch]) -> float:
+def divergence(actor: Actor, initial: Actor, episodes: Episodes, clips: list[ClipBatch], size: int) -> float:
     """KL of a policy to another one, nats per latent value: mean over the stochastic steps of its own clips, in closed
-    form between the kernels' Gaussians. nan where the schedule leaves no stochastic step.
+    form between the kernels' Gaussians, `size` clips at a time. nan where the schedule leaves no stochastic step.
     """
     total, count, first = 0.0, 0.0, 0
     for batch in clips:
-        state, _ = episodes.begin(batch, 1, EVALUATION_SEED, 1, first_prompt=first)
-        first += len(batch)
-        rollout = sample_rollout(actor.transformer, actor.transition, actor.causality, state)
-        now, then = actor.evaluate(rollout), initial.evaluate(rollout)
-        kl = gaussian_kl(now["mean"], then["mean"], now["std"][..., None, None, None])
-        total, count = total + float(kl.sum()), count + float(rollout["stochastic"].sum())
+        for begin in range(0, len(batch), size):
+            part = batch.select(range(begin, min(begin + size, len(batch))))
+            state, _ = episodes.begin(part, 1, EVALUATION_SEED, 1, first_prompt=first)
+            first += len(part)
+            rollout = sample_rollout(actor.transformer, actor.transition, actor.causality, state)
+            now, then = actor.evaluate(rollout), initial.evaluate(rollout)
+            kl = gaussian_kl(now["mean"], then["mean"], now["std"][..., None, None, None])
+            total, count = total + float(kl.sum()), count + float(rollout["stochastic"].sum())
     return total / count if count else math.nan
 
 
@@ -232,7 +236,7 @@ def measure(samples: list[Sample], truth: list[Sample]) -> dict[str, float]:
     return {
         "motion_error_px": float(error.mean()),
         "motion_error_px_ci": of_mean(error.tolist()).half,
-        "motion_error_px_median": float(error.median()),
+        "motion_error_px_median": float(error.quantile(0.5)),
         "epe_px": float(motion_errors(samples, seen=True).nanmean()),
         **{name: float(total.sum() / count.sum()) for name, (total, count) in position_totals(samples).items()},
         "foreign": float(torch.cat([s.foreign for s in samples]).double().mean()),

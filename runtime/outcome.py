@@ -254,8 +254,8 @@ def closing(evaluation: Mapping[str, Any]) -> str:
     return "; ".join(part for part in parts if part)
 
 
-def draw_samples(folder: Path, columns: list[tuple[str, list[Sample]]]) -> None:
-    """Write `<n>.mp4` and a contact sheet for the first clips of every frame size: a panel per column.
+def draw_samples(folder: Path, columns: list[tuple[str, list[Sample]]], spread: bool = False) -> None:
+    """Write `<n>.mp4` and a contact sheet for a few clips of every frame size: a panel per column.
 
     Args:
         folder: where to write.
@@ -267,9 +267,10 @@ def draw_samples(folder: Path, columns: list[tuple[str, list[Sample]]]) -> None:
     shown = -(-SHOWN // sizes)
     for size in range(sizes):
         clips = columns[0][1][size].clips
-        for row in range(min(shown, len(clips))):
+        few = min(shown, len(clips))
+        for i, row in enumerate(range(0, len(clips), len(clips) // few if spread else 1)[:few]):
             asked = clips.trajectory.row(row)
             scale = max(1, 256 // min(asked.height, asked.width))
             panels = [videos.draw(s[size].video[row], asked, s[size].tracks.xy[row], scale) for _, s in columns]
-            path = folder / f"{size * shown + row:02d}.mp4"
+            path = folder / f"{size * shown + i:02d}.mp4"
             videos.write_comparison(path, panels, [title for title, _ in columns], clips.prompts[row], asked.fps)

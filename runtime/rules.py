@@ -177,6 +177,8 @@ def trackers(settings: Settings) -> None:
 def parts(settings: Settings) -> None:
     """What trackers, extractors and interpolators need is there."""
     judges = settings.evaluation
+    head = judges.scorer_head
+    require(head is None or Path(head).expanduser().is_file(), f"evaluation.scorer_head={head} is no file")
     for part in (settings.tracker, judges.tracker, judges.extractor, judges.interpolator):
         if hasattr(part, "check"):  # needs a package or files
             part.check()

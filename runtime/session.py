@@ -25,6 +25,7 @@ from policies.adapters import ReferencePolicy
 from policies.causality import Causality
 from policies.ema import EMA
 from policies.sampler import sample_rollout
+from rewards.aesthetic import Aesthetic
 from rewards.base import RewardContext
 from rewards.composite import Composite, metrics_of
 from runtime import checkpoint, guard, state
@@ -82,7 +83,8 @@ class Session:
             lambda actor, args, state: self._report(int(args[0]["frame"][0]), settings.rollout.frames)
         )
         e = settings.evaluation
-        self.judge = Judge(e.tracker, e.scorer, settings.model.folder, self.device, e.extractor, e.interpolator)
+        scorer = Aesthetic(model=e.scorer, head=e.scorer_head, sha256=e.scorer_sha256)
+        self.judge = Judge(e.tracker, scorer, settings.model.folder, self.device, e.extractor, e.interpolator)
         clips = fixed_clips(settings.world, e.split, e.clips)
         self.truth = [follow(batch.video, batch, self.judge) for batch in clips]
         self._clips: ClipBatch
@@ -233,7 +235,8 @@ class Session:
         """KL of the policy to the model's own weights on the held-out clips; see `runtime.evaluation.divergence`."""
         own = self.settings.model.load_transformer(self.device)
         initial = Actor(own, self.settings.transition, self.actor.causality)
-        return divergence(self.actor, initial, self.episodes, [s.clips for s in self.truth])
+        clips, batch = [s.clips for s in self.truth], self.settings.evaluation.batch
+        return divergence(self.actor, initial, self.episodes, clips, batch)
 
     def save(self, required: bool = False) -> None:
         """Write a checkpoint of this iteration.
@@ -296,7 +299,8 @@ class Session:
         renoise = self.settings.evaluation.sampler == "renoise"
         episodes = replace(self.episodes, schedule=All() if renoise else Deterministic())
         actor = Actor(actor.transformer, CPS(eta=1.0), actor.causality) if renoise else actor
-        samples = sample(actor, episodes, [s.clips for s in self.truth], self.judge, self._report)
+        clips, batch = [s.clips for s in self.truth], self.settings.evaluation.batch
+        samples = sample(actor, episodes, clips, self.judge, batch, self._report)
         return measure(samples, self.truth), samples
 
     def _report(self, frame: int, frames: int) -> None:

@@ -149,6 +149,9 @@ class Evaluation:
         sampler: `ode`, or `renoise`: every step puts fresh noise on the prediction, as distillation does in training.
         extractor: features of Frechet distances, such as `+extractor=inception_i3d`; none: the scorer's tower.
         interpolator: of smoothness, such as `+interpolator=flow`; none: the mean of both neighbours.
+        scorer_head: file of the judge's head (`+evaluation.scorer_head=...`); none: `head.safetensors` of the scorer.
+        scorer_sha256: its checksum in hex; none: it is not checked.
+        batch: clips that are sampled at a time (`+evaluation.batch=...`).
     """
 
     every: int
@@ -159,9 +162,13 @@ class Evaluation:
     sampler: Literal["ode", "renoise"] = "ode"
     extractor: Component = None
     interpolator: Component = None
+    scorer_head: str | None = None
+    scorer_sha256: str | None = None
+    batch: int = 32
 
     def __post_init__(self) -> None:
         _at_least(self, "evaluation", 0, "every")
+        _at_least(self, "evaluation", 1, "batch")
         # A Frechet distance needs a covariance.
         _at_least(self, "evaluation", 2, "clips")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime import verdict
-from runtime.cells import markdown
+from runtime.cells import BUSY, busy, markdown
 from runtime.identity import differences, flatten
 
 METRICS = {  # key: heading, digits
@@ -66,8 +66,8 @@ def read(folders: Sequence[Path]) -> dict[str, dict[str, Any]]:
             raise ValueError(f"{path} was not made by experiments/evaluate.py, or by an older version")
     first = found[names[0]]
     for name, other in found.items():
-        for key in ("names", "tracker", "extractor", "interpolator"):
-            if other[key] != first[key]:
+        for key in ("names", "tracker", "extractor", "interpolator", "judging_weights"):
+            if key in other and key in first and other[key] != first[key]:  # older evaluations lack the last
                 raise ValueError(f"{names[0]} and {name} were measured with other {key}; they cannot be compared")
         apart = differences(conditions(first), conditions(other))
         if apart:
@@ -104,7 +104,8 @@ def lines(evaluations: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list
             known = found["intervals"][key]
             half = f" ± {known['half']:.{digits}f}" if math.isfinite(known["half"]) else ""
             cells.append(f"{known['value']:.{digits}f}{half}")
-        cells += [f"{found['speed'][key]:.{digits}f}" for key, (_, digits) in SPEED.items()]
+        speed, mark = found["speed"], " †" * busy(found["speed"])
+        cells += [f"{speed[key]:.{digits}f}{mark}" for key, (_, digits) in SPEED.items()]
         change = verdict.paired(*(e["by_clip"]["motion_error_px"] for e in (first, found)))
         rows.append([name, label(found), *cells, change.text if change and found is not first else ""])
     blank = [""] * (len(SPEED) + 1)
@@ -122,7 +123,8 @@ def write(folders: Sequence[Path], out: Path) -> str:
     about = (
         f"{first['clips']} {first['split']} clips, {first['tracker']}; Frechet distances between features of "
         f"{first['extractor']}, comparable with each other only; smoothness with the interpolator "
-        f"{first['interpolator']}. ± is half of a 95 % interval over clips."
+        f"{first['interpolator']}. ± is half of a 95 % interval over clips. Speeds on "
+        f"{', '.join(dict.fromkeys(_place(each['speed']) for each in found.values()))}. {BUSY}"
     )
     out.mkdir(parents=True, exist_ok=True)
     text = markdown(heads, rows) + f"\n{about}\n"
@@ -137,6 +139,10 @@ def write(folders: Sequence[Path], out: Path) -> str:
     html = page.render(about=about, heads=heads, lines=rows, columns=["true clip", *found], videos=videos)
     (out / "page.html").write_text(html)
     return text
+
+
+def _place(speed: Mapping[str, Any]) -> str:
+    return f"{speed['device']}, {speed['threads']} thread(s)"
 
 
 def _data(path: Path) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from safetensors.torch import load_file, save_file
 
 from data.sprites import PACES, Sprites
 from experiments import evaluate, side_by_side
@@ -23,6 +24,7 @@ from metrics.interpolators import Linear
 from metrics.intervals import jackknife, of_mean
 from metrics.scripted import Scripted
 from metrics.smoothness import smoothness
+from rewards.aesthetic import Aesthetic
 from runtime.benchmark import _quotient, by_clip, intervals
 from runtime.config import CONF, Plan, validate
 from runtime.evaluation import Judge, Sample, measure
@@ -156,7 +158,7 @@ def samples() -> list[Sample]:
     visible = batch.visible.clone()
     visible[1, :, 5:], visible[2] = False, False
     seen = torch.ones(3, 1, 9, dtype=torch.bool)
-    judge = Judge(LucasKanade(), "aesthetic_eval", ROOT / "assets" / "tiny", "cpu")
+    judge = Judge(LucasKanade(), Aesthetic(model="aesthetic_eval"), ROOT / "assets" / "tiny", "cpu")
     seen[1, :, 3:] = False
     tracks = Tracks(path.expand(3, 1, 9, 2).clone(), seen, seen.float())
     return [Sample(batch.video, replace(batch, visible=visible), tracks, torch.tensor([False, True, False]), judge)]
@@ -235,6 +237,7 @@ def test_an_evaluation_tells_every_clip_intervals_and_speed(evaluations: list[Pa
             "clips",
             "tracker",
             "found_by",
+            "judging_weights",
             "config",
         } <= set(found)
         assert len(set(found["names"])) == 5 and found["split"] == "benchmark" and found["interpolator"] == "linear"
@@ -264,6 +267,25 @@ def test_an_interpolator_of_ones_own_is_named_in_the_evaluation(
         read([evaluations[0], tmp_path])
 
 
+def test_a_head_of_ones_own_judges_and_few_clips_at_a_time_are_measured_alike(
+    evaluations: list[Path], model: Path, tmp_path: Path
+) -> None:
+    head = load_file(model / "aesthetic_eval" / "head.safetensors")
+    save_file(
+        {key: value + 1 if key.endswith("bias") else value for key, value in head.items()},
+        tmp_path / "head.safetensors",
+    )
+    own = f"+evaluation.scorer_head={tmp_path / 'head.safetensors'}"
+    with pytest.raises(ValueError, match=r"evaluation\.scorer_head=none.pth is no file"):
+        plan(model, tmp_path, "+evaluation.scorer_head=none.pth")
+    evaluate.run(plan(model, tmp_path / "own", own, "+evaluation.batch=1"))
+    usual, found = (json.loads((f / "evaluation.json").read_text()) for f in (evaluations[0], tmp_path / "own"))
+    assert found["policy"].pop("aesthetic") == pytest.approx(usual["policy"].pop("aesthetic") + 1, abs=1e-4)
+    assert found["policy"] == pytest.approx(usual["policy"], abs=1e-3, nan_ok=True)
+    same, other = found["judging_weights"], usual["judging_weights"]
+    assert same["scorer"] != other["scorer"] and same["extractor"] == other["extractor"]
+
+
 def test_side_by_side(evaluations: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr("sys.argv", ["side_by_side.py", str(evaluations[0].parent), "--out", str(tmp_path)])
     assert side_by_side.main() == 0
@@ -279,7 +301,7 @@ def test_side_by_side(evaluations: list[Path], tmp_path: Path, monkeypatch: pyte
 
 def test_only_the_same_clips_are_compared(evaluations: list[Path], tmp_path: Path) -> None:
     found = json.loads((evaluations[0] / "evaluation.json").read_text())
-    for key, value in ("names", ["other"]), ("extractor", "inception"):
+    for key, value in ("names", ["other"]), ("extractor", "inception"), ("judging_weights", {"scorer": "00"}):
         (tmp_path / key).mkdir()
         (tmp_path / key / "evaluation.json").write_text(json.dumps({**found, key: value}))
         with pytest.raises(ValueError, match=f"other {key}"):
