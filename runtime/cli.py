@@ -166,10 +166,23 @@ class _Job:
         return f"#{job.num} {job.override_dirname}: " if HydraConfig.get().mode == RunMode.MULTIRUN else ""
 
 
+# Hydra's own options that take a value, which is no override.
+HYDRA = (
+    ("--cfg", "-c"),
+    ("--package", "-p"),
+    ("--config-path", "-cp"),
+    ("--config-name", "-cn"),
+    ("--info", "-i"),
+    ("--experimental-rerun",),
+)
+
+
 def _arguments() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--help", "-h", action="store_true")
     parser.add_argument("--config-dir", "-cd")
+    for names in HYDRA:
+        parser.add_argument(*names, dest="hydra", nargs="?")
     # The deepspeed launcher names the process's GPU; the environment says the same.
     sys.argv = [sys.argv[0], *(text for text in sys.argv[1:] if not text.startswith("--local_rank="))]
     options, rest = parser.parse_known_args()

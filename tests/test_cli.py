@@ -162,6 +162,13 @@ def test_the_clock_of_a_run_starts_with_the_process_and_in_a_sweep_with_its_cell
     subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(cli.__file__).parents[1])
 
 
+@pytest.mark.parametrize("option", [("--cfg", "job"), ("--cfg=job",), ("-c", "job"), ("--info", "defaults")])
+def test_what_help_names_of_hydra_works(command: Run, option: tuple[str, ...]) -> None:
+    code, out, err = command("seed=7", *option)
+    assert code == 0 and not err and "ran outputs" not in out
+    assert "seed: 7" in out or "Defaults List" in out
+
+
 def test_help_explains_choices_and_fields(command: Run) -> None:
     code, out, _ = command("--help", "schedule=window")
     assert code == 0
