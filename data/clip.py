@@ -108,6 +108,11 @@ class World(Protocol):
     """A source of clips. Splits are `train`, `heldout`, `hard` and `benchmark`."""
 
     @property
+    def frames(self) -> int:
+        """Pixel frames of a clip: a setting, which follows `rollout.frames` (`${pixel_frames:${rollout.frames}}`)."""
+        ...
+
+    @property
     def buckets(self) -> list[tuple[int, int]]:
         """Frame sizes (H, W) that this world can produce."""
         ...

@@ -15,6 +15,7 @@ from rewards.aesthetic import tower
 from runtime import unused
 from runtime.checkpoint import complete_steps, read_state
 from runtime.identity import BEGUN
+from runtime.interfaces import whole
 from runtime.settings import Settings, require
 from runtime.team import ranks
 
@@ -35,10 +36,10 @@ def check(settings: Settings, trains: bool = True) -> None:
         FileNotFoundError: a file or folder that does not exist.
     """
     rl, stages = (groups, minibatches, stochasticity, alarms), (step1, preferences)
-    own = stages if settings.stage is not None else rl if trains else ()
+    own = (*(stages if settings.stage is not None else rl if trains else ()), *((precision,) if trains else ()))
     # What is measured was rewarded as its checkpoint says (`config._check_judges`), not as this command line does.
     judges = () if settings.checkpoint is not None and not trains else (trackers, scorers)
-    for rule in (*own, *((precision,) if trains else ()), engines, *judges, parts, frames, sizes, clips, run_folder):
+    for rule in (whole, *own, engines, *judges, parts, frames, sizes, clips, run_folder):
         rule(settings)
 
 
@@ -198,7 +199,7 @@ def scorers(settings: Settings) -> None:
 def frames(settings: Settings) -> None:
     """Clips are as long as rollouts."""
     wanted = pixel_frames(settings.rollout.frames)
-    got = getattr(settings.world, "frames", wanted)
+    got = settings.world.frames
     require(
         got == wanted,
         f"world.frames={got} but rollout.frames={settings.rollout.frames} latent frames "

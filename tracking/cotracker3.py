@@ -1,4 +1,4 @@
-"""CoTracker3 (arXiv 2410.11831), a learned tracker: `pip install 'ardrag[tracker]'`. Its licence is CC BY-NC.
+"""CoTracker3 (arXiv 2410.11831), a learned tracker: `pip install -e '.[tracker]'`. Its licence is CC BY-NC.
 
 The package is not on the package index, where its name is free: install it from its repository only, as the extra does.
 """
@@ -53,7 +53,7 @@ class CoTracker3:
             FileNotFoundError: there is no such file.
         """
         if importlib.util.find_spec("cotracker") is None:
-            raise ValueError("tracker=cotracker3 needs CoTracker: pip install 'ardrag[tracker]' (licence CC BY-NC)")
+            raise ValueError("tracker=cotracker3 needs CoTracker: pip install -e '.[tracker]' (licence CC BY-NC)")
         if self.checkpoint is None and not self.hub:
             raise ValueError(
                 f"tracker.checkpoint is not set; name the file scaled_{self.mode}.pth, or set tracker.hub=true to "
