@@ -152,6 +152,12 @@ def engines(settings: Settings) -> None:
     engine, processes = settings.engine, ranks()
     engine.check()
     split(settings.rollout.prompts, processes)
+    schedule = settings.schedule
+    require(
+        getattr(engine, "stage", 0) < 3 or processes == 1 or getattr(schedule, "scope", "") != "one_pair",
+        "engine=deepspeed_z3 gathers weights in every pass, and with schedule.scope=one_pair some processes may need "
+        "more passes than others and wait for ever; take engine=deepspeed_z2, or another scope",
+    )
     if settings.stage is not None:
         changed = [f for f in dataclasses.fields(engine) if getattr(engine, f.name) != f.default]
         shape = ("threads", "precision", "activation_checkpointing")  # what they do, they do to a network
@@ -217,12 +223,18 @@ def sizes(settings: Settings) -> None:
 
 def clips(settings: Settings) -> None:
     """There is something to train on and something to evaluate on. Looks at files, decodes none."""
-    for split in ("train", settings.evaluation.split):
+    held, asked, buckets = settings.evaluation.split, settings.evaluation.clips, len(settings.world.buckets)
+    for split in ("train", held):
         require(
             settings.world.size(split) != 0,
             f"world={_name(settings.world).lower()} has no clips in its {split} split; add "
             f"clips, or choose another evaluation.split or world",
         )
+    size = settings.world.size(held)
+    require(
+        size is None or -(-asked // buckets) <= size,
+        f"evaluation.clips={asked}: the {held} split holds {size} clips; use at most {(size or 0) * buckets}",
+    )
 
 
 def step1(settings: Settings) -> None:

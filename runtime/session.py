@@ -14,6 +14,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
+from algorithms.advantages import group_valid
 from data.clip import ClipBatch
 from data.draws import Stream, generator
 from envs.rollout import RolloutCollector
@@ -130,6 +131,7 @@ class Session:
         else:
             self.actor.reset()
             rollout = self.collector.collect()
+            self.actor.reset()  # its cache would stay beside decoder, rewards and update
         self._rollout = rollout
         guard.check(self.team, "latent", rollout["latents"])
         guard.check(self.team, "log_prob", rollout["log_prob"])
@@ -193,7 +195,8 @@ class Session:
                 row = self.learner.learn(rollout, whole, indices, first=not rows)
                 rows += [] if row is None else [row]
         self._end_update()
-        if bool(whole["valid"].any()):
+        group = self.settings.rollout.group_size if self.settings.algorithm.group_relative else 1
+        if bool(group_valid(whole["valid"], group).any()):
             self.watchdog.good()
         else:
             self.watchdog.unscored(self.iteration)
@@ -229,14 +232,15 @@ class Session:
         """Latency to the first frame and steady frames per second; see `runtime.benchmark.speed`."""
         from runtime.benchmark import speed
 
-        return speed(self.actor, replace(self.episodes, schedule=Deterministic()), self.truth)
+        return speed(self.actor, replace(self._alike(), schedule=Deterministic()), self.truth)
 
     def divergence(self) -> float:
         """KL of the policy to the model's own weights on the held-out clips; see `runtime.evaluation.divergence`."""
         own = self.settings.model.load_transformer(self.device)
+        self.settings.engine.shape(own)
         initial = Actor(own, self.settings.transition, self.actor.causality)
         clips, batch = [s.clips for s in self.truth], self.settings.evaluation.batch
-        return divergence(self.actor, initial, self.episodes, clips, batch)
+        return divergence(self.actor, initial, self._alike(), clips, batch)
 
     def save(self, required: bool = False) -> None:
         """Write a checkpoint of this iteration.
@@ -297,11 +301,15 @@ class Session:
 
     def _measure(self, actor: Actor) -> tuple[dict[str, float], list[Sample]]:
         renoise = self.settings.evaluation.sampler == "renoise"
-        episodes = replace(self.episodes, schedule=All() if renoise else Deterministic())
+        episodes = replace(self._alike(), schedule=All() if renoise else Deterministic())
         actor = Actor(actor.transformer, CPS(eta=1.0), actor.causality) if renoise else actor
         clips, batch = [s.clips for s in self.truth], self.settings.evaluation.batch
         samples = sample(actor, episodes, clips, self.judge, batch, self._report)
         return measure(samples, self.truth), samples
+
+    def _alike(self) -> Episodes:
+        """Episodes on the noise that all policies are measured on, whether their own rollouts share theirs or not."""
+        return replace(self.episodes, rollout=replace(self.settings.rollout, share_initial_noise=True))
 
     def _report(self, frame: int, frames: int) -> None:
         self.stop.poll()

@@ -45,6 +45,16 @@ class FaultyGRPO(GRPO):
 
 
 @dataclass(frozen=True)
+class OneInTwo(Aesthetic):
+    """The aesthetic reward, which cannot score every second sample."""
+
+    def score(self, video: Tensor, batch: ClipBatch) -> RewardTerm:
+        term = super().score(video, batch)
+        term.valid[::2] = False
+        return term
+
+
+@dataclass(frozen=True)
 class OutAtTimes(Aesthetic):
     """The aesthetic reward, which fails while a file is there.
 

@@ -266,6 +266,16 @@ def test_a_reward_that_never_answers_ends_the_run(model: Path, tmp_path: Path) -
     assert all(torch.equal(a, b) for a, b in zip(before, session.parameters, strict=True))
 
 
+def test_a_reward_that_fails_in_every_group_ends_the_run_although_most_samples_have_one(
+    model: Path, tmp_path: Path
+) -> None:
+    options = ["reward.aesthetic._target_=tests.faulty.OneInTwo", "guard.patience=2"]
+    session = sessions(model, tmp_path / "run", *options)
+    assert learned(session)["groups_dropped"] == 2
+    with pytest.raises(RewardFailed, match="in 2 updates in a row"):
+        learned(session)
+
+
 def test_a_file_system_without_locks_is_said_and_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unsupported(*args: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")

@@ -103,6 +103,13 @@ def test_what_rewarded_a_checkpoint_does_not_measure_it(model: Path, tmp_path: P
     assert isinstance(judge.tracker, NCC)
 
 
+def test_all_policies_are_measured_on_the_same_noise(model: Path, tmp_path: Path) -> None:
+    """Also those whose own rollouts do not share theirs (the paper's recipe)."""
+    run(plan(model, tmp_path / "run"))
+    one, other = (evaluated(tmp_path / "run", f"rollout.share_initial_noise={text}") for text in ("true", "false"))
+    assert torch.equal(one.evaluate()[1][0].video, other.evaluate()[1][0].video)
+
+
 def test_how_far_a_policy_has_moved(model: Path, tmp_path: Path) -> None:
     run(plan(model, tmp_path / "still", "optimizer.lr=1e-12"))
     run(plan(model, tmp_path / "moved", "optimizer.lr=1e-2", "reward=aesthetic"))
