@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 import runtime.hydra_sum  # noqa: F401  registers reward=motion+0.5*aesthetic
 from rewards.aesthetic import tower
 from runtime import STARTED, rules, schema
-from runtime.checkpoint import read_state
+from runtime.checkpoint import complete_steps, folder_of, read_state, refuse_mismatch
 from runtime.identity import BEGUN, differences, flatten, identity
 from runtime.settings import Settings
 
@@ -69,8 +69,8 @@ def validate(cfg: DictConfig, experiment: str = "train") -> Plan:
     settings.model.check(settings.rollout.frames)
     if hasattr(settings.stage, "teacher"):
         _check_teacher(settings)
-    if settings.resume and settings.stage is not None:
-        _same_run(Path(str(settings.run_dir)), config)
+    if settings.resume:
+        (_same_run if settings.stage is not None else _same_checkpoint)(Path(str(settings.run_dir)), config)
     return Plan(settings, config)
 
 
@@ -151,6 +151,17 @@ def _same_run(folder: Path, config: dict[str, Any]) -> None:
     found = differences(json.loads(note.read_text())["identity"], identity(config)) if note.is_file() else []
     if found:
         raise ValueError(f"resume=true: not the config of the run in {folder}: {'; '.join(found)}")
+
+
+def _same_checkpoint(folder: Path, config: dict[str, Any]) -> None:
+    """Likewise with a run that learns from rewards, by the config in its newest checkpoint."""
+    for step in complete_steps(folder)[-1:]:
+        try:
+            saved = read_state(folder_of(folder, step))
+        except (OSError, ValueError):
+            return  # damaged: set aside when the run goes on, from the one before it
+        then = {**saved["config"], "processes": saved["counters"].get("processes", 1)}
+        refuse_mismatch(then, {**config, "processes": rules.ranks()})
 
 
 def _check_judges(settings: Settings, saved: dict[str, Any], evaluation: dict[str, Any]) -> None:

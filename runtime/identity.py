@@ -8,7 +8,18 @@ from typing import Any
 BEGUN = "training/begun.json"
 
 # Keys that say where and how long a run goes, not what it computes: a resumed run may change them.
-VOLATILE = ("run_dir", "resume", "updates", "saving", "evaluation.every", "logger", "device", "alarms", "guard")
+VOLATILE = (
+    "run_dir",
+    "resume",
+    "updates",
+    "saving",
+    "evaluation.every",
+    "evaluation.batch",
+    "logger",
+    "device",
+    "alarms",
+    "guard",
+)
 
 # Keys that older configs do not have, and what runs did then: with these values they make no difference.
 ADDED: dict[str, Any] = {

@@ -91,6 +91,13 @@ def resume(session: Session) -> None:
             f"resume=true: the weights that do not train are not those that {newest} was made with; put the model's "
             f"files back, or start a new run from what was learned: checkpoint={newest}"
         )
+    now = clips(session)
+    then = {split: size for split, size in snapshot.counters.get("clips", now).items() if split in now}
+    if found := differences(then, {split: now[split] for split in then}):
+        raise ValueError(
+            f"resume=true: the clips are not those that {newest} was made with ({'; '.join(found)}), so their numbers "
+            f"mean others; put the world's files back, or start a new run from what was learned: checkpoint={newest}"
+        )
     if team.main:
         _mention_differences(session, newest, snapshot.counters)
     restore(session, snapshot)
@@ -121,12 +128,19 @@ def machine(session: Session) -> dict[str, Any]:
     return {**here, "device": session.device.partition(":")[0]}
 
 
+def clips(session: Session) -> dict[str, int | None]:
+    """How many clips there are to draw from and to measure on; None where they are rendered."""
+    world, held = session.settings.world, session.settings.evaluation.split
+    return {split: world.size(split) for split in ("train", held)}
+
+
 def notes(session: Session) -> dict[str, Any]:
     """Counters of a checkpoint."""
     return {
         "processes": session.team.size,
         "in_a_row": session.watchdog.in_a_row,
         "base": session.base,
+        "clips": clips(session),
         "machine": machine(session),
     }
 

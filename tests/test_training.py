@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from data.video_files import read_frames
 from experiments.train import run
 from runtime import videos
+from runtime.cli import SetupError
 from runtime.config import CONF, Plan, as_trained, validate
 from runtime.session import Session
 from tests.test_clips import PATH, frame_folder, pixels
@@ -101,6 +102,19 @@ def test_what_rewarded_a_checkpoint_does_not_measure_it(model: Path, tmp_path: P
         evaluated(tmp_path / "run", swapped[1], "evaluation.scorer=aesthetic")
     judge = evaluated(tmp_path / "run", swapped[1]).judge  # NCC, which rewards by default
     assert isinstance(judge.tracker, NCC)
+
+
+def test_a_run_does_not_go_on_with_other_clips_or_settings(model: Path, tmp_path: Path) -> None:
+    for name in "abcd":
+        frame_folder(tmp_path / "videos", name, pixels(PATH))
+    options = ["world=clips", f"world.folder={tmp_path / 'videos'}", "world.sizes=[16x16]", "rollout.frames=3"]
+    options += ["evaluation.clips=2", "adaptation=full", "optimizer.decay=0"]
+    run(plan(model, tmp_path / "run", *options))
+    with pytest.raises(ValueError, match=r"config differs from the checkpoint's: seed: 0 -> 1"):
+        plan(model, tmp_path / "run", *options, "resume=true", "updates=2", "seed=1")
+    frame_folder(tmp_path / "videos", "e", pixels(PATH))
+    with pytest.raises(SetupError, match=r"the clips are not those that .*train: \d+ -> \d+"):
+        run(plan(model, tmp_path / "run", *options, "resume=true", "updates=2"))
 
 
 def test_all_policies_are_measured_on_the_same_noise(model: Path, tmp_path: Path) -> None:
