@@ -182,7 +182,7 @@ def table(rows: list[Row], titles: Mapping[str, tuple[str, ...]]) -> str:
     for row, (title, *paper) in titles.items():
         if row in arms:
             members = arms[row]
-            first_frame = latency(arms.get(alone(row), []))
+            first_frame = latency(arms.get(alone(row), members))
             lines.append([title, str(len(members)), first_frame, *(_cell(members, key) for key in METRICS)])
             lines += [["&emsp;the paper", "", *paper, ""]] if paper else []
     return markdown(["", "seeds", *HEADS], lines) if lines else ""
@@ -203,7 +203,7 @@ def text_of(rows: list[Row]) -> str:
         "± is the standard deviation over seeds of training; (±), of one policy, half a 95 % interval over clips.",
         f"FID and FVD are Frechet distances between features of {rows[0]['extractor']}: "
         "not comparable with the paper's.",
-        f"First frame: one thread, seed 0, nothing beside it; {BUSY}",
+        f"First frame: on one thread. {BUSY}",
     )
     return "".join(f"**{title}**\n\n{text}\n" for title, text in parts.items() if text) + "\n".join(notes) + "\n"
 
