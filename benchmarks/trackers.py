@@ -51,7 +51,7 @@ def known(tracker: Tracker, clips: int, split: str = "heldout") -> dict[str, flo
         truth.append(batch.visible[..., 1:].flatten())
     error, said, true = torch.cat(errors), torch.cat(seen), torch.cat(truth)
     return {
-        "median_px": float(error[true].quantile(0.5)),
+        "median_px": float(error[true].median()),
         **_within(error[true]),
         "precision": float(true[said].float().mean()),
         "recall": float(said[true].float().mean()),
@@ -79,9 +79,9 @@ def there_and_back(tracker: Tracker, videos: Tensor) -> dict[str, float]:
     moved = (there.xy[:, :, -1] - grid).norm(dim=-1)[kept]
     return {
         "kept": float(kept.float().mean()),
-        "median_px": float(error.quantile(0.5)),
+        "median_px": float(error.median()),
         **_within(error),
-        "moved_px": float(moved.quantile(0.5)),
+        "moved_px": float(moved.median()),
     }
 
 

@@ -236,7 +236,7 @@ def measure(samples: list[Sample], truth: list[Sample]) -> dict[str, float]:
     return {
         "motion_error_px": float(error.mean()),
         "motion_error_px_ci": of_mean(error.tolist()).half,
-        "motion_error_px_median": float(error.quantile(0.5)),
+        "motion_error_px_median": float(error.quantile(0.5)) if len(error) else math.nan,
         "epe_px": float(motion_errors(samples, seen=True).nanmean()),
         **{name: float(total.sum() / count.sum()) for name, (total, count) in position_totals(samples).items()},
         "foreign": float(torch.cat([s.foreign for s in samples]).double().mean()),
