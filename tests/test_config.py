@@ -72,7 +72,7 @@ def composed(group: str, choice: str, tmp_path: Path) -> dict[str, Any]:
     for key in [key for key, value in flatten(config).items() if value == schema.MISSING]:
         picture = cv2.imencode(".png", np.zeros((16, 16, 3), np.uint8))[1].tobytes()
         (tmp_path / "clip").mkdir(exist_ok=True)
-        for i in range(40):
+        for i in range(64):
             (tmp_path / "clip" / f"{i:03d}.png").write_bytes(picture)
         parent, _, leaf = key.rpartition(".")
         at(config, parent)[leaf] = str(tmp_path)

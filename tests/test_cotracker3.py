@@ -183,7 +183,7 @@ def test_what_is_missing_is_one_line_before_anything_loads(
     with pytest.raises(ValueError, match="mode must be offline or online"):
         CoTracker3("both")  # type: ignore[arg-type]
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install 'ardrag\[tracker\]'"):
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[tracker\]'"):
         CoTracker3(hub=True).check()
 
 
