@@ -31,7 +31,7 @@ class Learner:
         loss_module: of the algorithm.
         trainer: takes the steps.
         team: the processes.
-        parts: that each process cuts its rows of a mini-batch into.
+        parts: that each process cuts its rows of a mini-batch into; see `pieces_of`.
         block: rows that must stay together.
         largest_gap: between log-probs of acting and of re-scoring, on the first mini-batch.
     """
@@ -65,7 +65,7 @@ class Learner:
         split = self.team.size * self.parts > 1
         sizes = self.loss_module.sizes(whole[indices]) if split else {}
         rows = []
-        pieces = self._pieces(indices, len(rollout))
+        pieces = pieces_of(indices, self.team, len(rollout), self.parts, self.block)
         for number, piece in enumerate(pieces):
             rows.append(self._part(rollout, piece, sizes, number == len(pieces) - 1))
         metrics = combined([row for mine in self.team.collect(rows) for row in mine])
@@ -76,16 +76,6 @@ class Learner:
         if bad or not math.isfinite(norm):
             raise NonFinite("loss" if bad else "gradient", ", ".join(bad) or f"its norm is {norm}", indices)
         return {**metrics, "grad_norm": norm}
-
-    def _pieces(self, indices: Tensor, own: int) -> list[tuple[Tensor, bool]]:
-        """This process's rows of a mini-batch in `parts` parts. A process must go through the network as often as the
-        others do (ZeRO-3 waits for it), so a part without rows computes some that do not count.
-        """
-        first = self.team.rank * own
-        mine = indices[(indices >= first) & (indices < first + own)] - first
-        parts = [p.flatten() for p in mine.view(-1, self.block).tensor_split(self.parts)]
-        stand_in = torch.arange(self.block, device=indices.device)
-        return [(part, True) if len(part) else (stand_in, False) for part in parts]
 
     def _part(
         self, rollout: TensorDictBase, piece: tuple[Tensor, bool], sizes: Mapping[str, float], last: bool
@@ -113,6 +103,33 @@ class Learner:
                 f"more than the {self.largest_gap:.0e} of rounding: "
                 f"policy and environment disagree, nothing learned from this is right"
             )
+
+
+def pieces_of(indices: Tensor, team: Team, own: int, parts: int, block: int) -> list[tuple[Tensor, bool]]:
+    """Cut this process's rows of a mini-batch into parts.
+
+    A mini-batch is drawn from all rows, so a process may have more of them than others: there are then more parts than
+    asked for, of no more rows than if it had its share, for memory is planned for these. A process goes through the
+    network as often as the others do (ZeRO-3 waits for it): a part without rows computes some that do not count.
+
+    Args:
+        indices: rows of the mini-batch, among those of all processes; blocks stand together.
+        team: the processes.
+        own: rows of each process.
+        parts: asked for, of a process's share.
+        block: rows that must stay together.
+
+    Returns:
+        For each part its rows in this process, and whether they count.
+    """
+    blocks = indices.view(-1, block)
+    owner = blocks[:, 0] // own
+    largest = -(-len(blocks) // (team.size * parts))
+    needed = -(-int(owner.bincount().max()) // largest)
+    mine = blocks[owner == team.rank] - team.rank * own
+    stand_in = torch.arange(block, device=indices.device)
+    cut = [part.flatten() for part in mine.tensor_split(max(parts, needed))]
+    return [(part, True) if len(part) else (stand_in, False) for part in cut]
 
 
 def of(sizes: Mapping[str, float], name: str) -> float:
