@@ -55,6 +55,7 @@ class Workload:
         reference: 0 none, 1 a copy of the transformer, 2 the transformer itself without its adapters.
         averaged: averaged weights are kept.
         epochs, minibatches, accumulation: passes over a rollout, optimizer steps of a pass, parts of a step.
+        whole_groups: the samples of a group stay together in a mini-batch.
         history_gradient: gradient flows through finished frames.
         processes, zero: ranks that share the work, and ZeRO stage.
         offload: what of it ZeRO keeps in the CPU's memory: `none`, `optimizer` or `parameters` (the weights as well).
@@ -87,6 +88,7 @@ class Workload:
     epochs: int = 1
     minibatches: int = 1
     accumulation: int = 1
+    whole_groups: bool = False
     history_gradient: bool = False
     processes: int = 1
     zero: int = 0
@@ -99,6 +101,11 @@ class Workload:
     def samples(self) -> int:
         """Samples of a process."""
         return -(-self.prompts // self.processes) * self.group
+
+    @property
+    def block(self) -> int:
+        """Samples that stay together in a mini-batch."""
+        return self.group if self.whole_groups else 1
 
 
 def cache_bytes(layers: int, width: int, tokens: int, frames: int, samples: int, element: int) -> int:
@@ -113,7 +120,7 @@ def optimizer_bytes(trainable: int, processes: int = 1, zero: int = 0) -> int:
 
 def activation_bytes(work: Workload) -> int:
     """What one mini-batch saves for its backward pass."""
-    samples = -(-work.samples // (work.minibatches * work.accumulation))
+    samples = work.block * -(-work.samples // (work.block * work.minibatches * work.accumulation))
     tokens = samples * work.frames * work.tokens * work.stochastic * (2 if work.history_gradient else 1)
     block = SAVED_WIDTHS * work.width + SAVED_FFN * work.ffn
     per_token = work.layers * work.width + block if work.checkpointing else work.layers * block
@@ -260,7 +267,7 @@ def changes(work: Workload) -> dict[str, Workload]:
     if "engine.accumulation" in work.switches:
         parts = 2 * work.accumulation
         found[f"engine.accumulation={parts}"] = replace(work, accumulation=parts)
-    elif work.samples % (2 * work.minibatches) == 0:
+    elif work.samples // work.block % (2 * work.minibatches) == 0:
         parts = 2 * work.minibatches
         found[f"algorithm.minibatches={parts}"] = replace(work, minibatches=parts)
     if "engine.activation_checkpointing" in work.switches and not work.checkpointing:

@@ -68,6 +68,7 @@ def workload(settings: Settings, processes: int | None = None, kind: str | None 
         epochs=settings.algorithm.epochs,
         minibatches=settings.algorithm.minibatches,
         accumulation=getattr(engine, "accumulation", 1),
+        whole_groups=settings.algorithm.whole_groups,
         history_gradient=r.history_gradient,
         processes=processes or int(os.environ.get("WORLD_SIZE", "1")),
         zero=getattr(engine, "stage", 0),

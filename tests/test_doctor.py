@@ -128,6 +128,17 @@ def test_processes_share_the_work_and_zero_the_state() -> None:
             assert rows[name] * (8 if name in shared else 1) == whole[name]
 
 
+def test_groups_that_stay_together_are_not_cut_into_parts() -> None:
+    work = workload.workload(
+        settings("algorithm=dpo", "adaptation=full", "rollout.prompts=2", "algorithm.minibatches=2")
+    )
+    assert work.block == work.group > 1
+    assert estimate.activation_bytes(replace(work, accumulation=4)) == estimate.activation_bytes(work)
+    assert "algorithm.minibatches=4" not in estimate.changes(replace(work, switches=frozenset()))
+    for name, expected in estimate.changes(work).items():
+        assert expected.block == expected.group, name
+
+
 def test_what_is_advised_lowers_the_peak_most() -> None:
     work = replace(FULL, switches=frozenset({"engine.accumulation", "engine.activation_checkpointing"}), processes=8)
     best = estimate.advice(work)
