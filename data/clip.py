@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -98,6 +98,11 @@ class ClipBatch:
             names=[n for b in batches for n in b.names],
             found_by=[f for b in batches for f in b.found_by],
         )
+
+    def split(self, size: int) -> Iterator[ClipBatch]:
+        """Cut into batches of at most `size` clips, in order."""
+        for begin in range(0, len(self), size):
+            yield self.select(range(begin, min(begin + size, len(self))))
 
     def repeat(self, times: int) -> ClipBatch:
         """Repeat each clip `times` times in a row: the samples of a group stand together."""

@@ -31,6 +31,12 @@ class FeatureExtractor(Protocol):
         ...
 
 
+def tower(assets: Path, model: str) -> Path:
+    """Folder of a vision tower: one of that name under the assets, or a path of its own."""
+    folder = assets / model
+    return folder if folder.is_dir() else Path(model)
+
+
 @dataclass(frozen=True)
 class ClipFeatures:
     """Features of a CLIP vision tower.
@@ -60,11 +66,7 @@ class ClipFeatures:
         """
         from metrics.clip_vision import ClipVision
 
-        object.__setattr__(self, "_tower", ClipVision(self.folder(assets)).to(device))
-
-    def folder(self, assets: Path) -> Path:
-        """Where the tower is."""
-        return assets / self.model if (assets / self.model).is_dir() else Path(self.model)
+        object.__setattr__(self, "_tower", ClipVision(tower(assets, self.model)).to(device))
 
     def frames(self, video: Tensor) -> Tensor:
         """See `FeatureExtractor.frames`."""

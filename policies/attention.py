@@ -91,15 +91,15 @@ def attention_mask(causality: Causality, queries: Frames, keys: Frames, tokens: 
         return block_mask(causality, queries, keys, tokens, device)
 
 
-# Compiled graphs of one function that dynamo keeps.
-GRAPHS = 256
+def keep_graphs() -> None:
+    """Let dynamo keep a graph for each shape that a function meets: beyond its default of 8 it runs uncompiled."""
+    dynamo = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, 256)
 
 
 @cache
 def _compiled_flex_attention() -> Any:
-    # A graph for each frame size, batch and kind of pass: beyond dynamo's default of 8 it would silently run unfused.
-    dynamo = torch._dynamo.config
-    dynamo.recompile_limit = max(dynamo.recompile_limit, GRAPHS)
+    keep_graphs()  # one for each frame size, batch and kind of pass
     return torch.compile(flex_attention, dynamic=False)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from policies.attention import GRAPHS, Attention, attend
+from policies.attention import Attention, attend, keep_graphs
 from policies.causal_dit import CausalWanTransformer3DModel
 from policies.causality import Causality
 from policies.kv_cache import KVCache
@@ -86,9 +86,7 @@ class RingCache(KVCache):
     def _compile(self, model: CausalWanTransformer3DModel, mode: str) -> Callable[..., Tensor]:
         if mode not in COMPILE:
             raise ValueError(f"compile must be one of {', '.join(COMPILE)}, got {mode!r}")
-        # One graph for each number of held frames, with and without a clean frame: more than dynamo's default of 8.
-        dynamo = torch._dynamo.config
-        dynamo.recompile_limit = max(dynamo.recompile_limit, GRAPHS)
+        keep_graphs()  # one for each number of held frames, with and without a clean frame
         for pair in self._layers.values():
             for buffer in pair:
                 torch._dynamo.mark_static_address(buffer)

@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from metrics.features import tower
 from rewards.base import RewardContext, RewardTerm, check_weight, finite_samples, latent_frames
 from tracking.weights import read_weights
 
@@ -84,12 +85,6 @@ class Aesthetic:
         value = scores.reshape(len(video), blocks, self.frames).mean(-1).to(video.device)
         valid = finite_samples(video)[:, None] & value.isfinite()
         return RewardTerm(value.where(valid, 0), valid)
-
-
-def tower(assets: Path, model: str) -> Path:
-    """Folder of a vision tower: one of that name under the assets, or a path of its own."""
-    folder = assets / model
-    return folder if folder.is_dir() else Path(model)
 
 
 def load_head(path: Path, sha256: str | None = None) -> tuple[Tensor, float]:

@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from metrics.features import ClipFeatures
+from metrics.features import ClipFeatures, tower
 from metrics.frechet import frechet_distance
 from metrics.intervals import Estimate, jackknife, of_mean
 from policies.sampler import generate
-from rewards.aesthetic import tower
 from runtime.checkpoint import sha256
-from runtime.evaluation import EVALUATION_SEED, Judge, Sample, motion_errors, position_totals
+from runtime.evaluation import EVALUATION_SEED, Judge, Sample, features, motion_errors, position_totals
 
 if TYPE_CHECKING:
     from policies.actor import Actor
@@ -54,7 +53,7 @@ def intervals(
     for name, (total, count) in position_totals(samples).items():
         total, count = total[count > 0], count[count > 0]
         found[name] = replace(jackknife(len(count), _quotient(total, count)), over="positions")
-    sides = [_features(side) for side in (samples, truth)]
+    sides = [features(side) for side in (samples, truth)]
     clips = len(sides[0][0])
     for i, name in enumerate(DISTANCES):
         with warnings.catch_warnings():
@@ -71,12 +70,6 @@ def _distance(one: Tensor, other: Tensor) -> Callable[[list[int]], float]:
     return lambda rows: frechet_distance(one[rows].flatten(0, 1), other[rows].flatten(0, 1))
 
 
-def _features(samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
-    """Vectors of each clip: `[clips, M - 1, D]`, one per latent frame after the first, and `[clips, 1, D']`."""
-    frames = torch.cat([s.frame_features for s in samples])
-    return frames, torch.cat([s.video_features for s in samples])[:, None]
-
-
 def judging_weights(judge: Judge) -> dict[str, str]:
     """Short hashes of the networks that judge: of the scorer's tower and head, and of the extractor's tower.
 
@@ -85,7 +78,7 @@ def judging_weights(judge: Judge) -> dict[str, str]:
     assets, found = judge.assets, {}
     towers = {"scorer": tower(assets, judge.aesthetic.model)}
     if isinstance(judge.features, ClipFeatures):  # others have a hash in their names
-        towers["extractor"] = judge.features.folder(assets)
+        towers["extractor"] = tower(assets, judge.features.model)
     for role, folder in towers.items():
         files = [folder / "model.safetensors", *([judge.aesthetic.head_file(assets)] if role == "scorer" else [])]
         found[role] = hashlib.sha256(" ".join(map(sha256, files)).encode()).hexdigest()[:12]

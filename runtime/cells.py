@@ -18,7 +18,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -169,30 +169,16 @@ def run_all(
         missing = [cell for cell in cells if cell.name not in found]
         runs = {pool.submit(run, cell, out, 1, weights, read): cell.name for cell in missing}
         try:
-            failed = _keep_all(runs, keep)
+            for done in as_completed(runs):
+                keep(runs[done], done.result())
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            print("no further cell is begun; those that run end first", flush=True)
+            pool.shutdown(cancel_futures=True)
+            for done, name in runs.items():
+                if name not in found and not done.cancelled() and done.exception() is None:
+                    keep(name, done.result())
             raise
-    if failed is not None:
-        raise failed
     return [found[cell.name] for cell in cells]
-
-
-def _keep_all(runs: Mapping[Future[Row], str], keep: Callable[[str, Row], None]) -> BaseException | None:
-    """Keep results as runs end; after a failure cancel those that have not begun, and return it."""
-    failed = None
-    for done in as_completed(runs):
-        if done.cancelled():
-            continue
-        error = done.exception()
-        if error is None:
-            keep(runs[done], done.result())
-        elif failed is None:
-            failed = error
-            print(f"{runs[done]} failed; no further cell is begun", flush=True)
-            for other in runs:
-                other.cancel()
-    return failed
 
 
 def recorded(table: str, cells: Sequence[Cell], weights: str) -> dict[str, Row]:

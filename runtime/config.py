@@ -14,7 +14,6 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import runtime.hydra_sum  # noqa: F401  registers reward=motion+0.5*aesthetic
-from rewards.aesthetic import tower
 from runtime import STARTED, rules, schema
 from runtime.checkpoint import complete_steps, folder_of, read_state, refuse_mismatch
 from runtime.identity import BEGUN, differences, flatten, identity
@@ -175,10 +174,9 @@ def _check_judges(settings: Settings, saved: dict[str, Any], evaluation: dict[st
         f"checkpoint={settings.checkpoint} was rewarded by {judge.rpartition('.')[2]}; the one that evaluates must be "
         f"another: add tracker@evaluation.tracker={other}",
     )
-    assets, scorer = settings.model.folder, settings.evaluation.scorer
-    models = {str(term["model"]) for term in saved["reward"].values() if isinstance(term.get("model"), str)}
+    scorer = settings.evaluation.scorer
     rules.require(
-        tower(assets, scorer).resolve() not in {tower(assets, model).resolve() for model in models},
+        not rules.rewards_by(settings.model.folder, scorer, [term.get("model") for term in saved["reward"].values()]),
         f"checkpoint={settings.checkpoint} was rewarded by the tower evaluation.scorer={scorer}; the one that "
         "evaluates must be another, such as evaluation.scorer=aesthetic_eval",
     )

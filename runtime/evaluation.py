@@ -127,12 +127,11 @@ def sample(
     found, first = [], 0
     for batch in clips:
         videos = []
-        for begin in range(0, len(batch), size):
-            part = batch.select(range(begin, min(begin + size, len(batch))))
-            state, _ = episodes.begin(part, 1, EVALUATION_SEED, 0, first_prompt=first + begin)
+        for part in batch.split(size):
+            state, _ = episodes.begin(part, 1, EVALUATION_SEED, 0, first_prompt=first)
+            first += len(part)
             chain = generate(actor.transformer, actor.transition, actor.causality, state, on_step=on_step)
             videos.append(episodes.networks.video.decode(chain.latents[:, :, -1]).cpu())
-        first += len(batch)
         found.append(follow(torch.cat(videos), batch, judge))
     return found
 
@@ -144,8 +143,7 @@ def divergence(actor: Actor, initial: Actor, episodes: Episodes, clips: list[Cli
     """
     total, count, first = 0.0, 0.0, 0
     for batch in clips:
-        for begin in range(0, len(batch), size):
-            part = batch.select(range(begin, min(begin + size, len(batch))))
+        for part in batch.split(size):
             state, _ = episodes.begin(part, 1, EVALUATION_SEED, 1, first_prompt=first)
             first += len(part)
             rollout = sample_rollout(actor.transformer, actor.transition, actor.causality, state)
@@ -205,6 +203,12 @@ def position_totals(samples: Sequence[Sample]) -> dict[str, tuple[Tensor, Tensor
     return {name: (torch.cat(totals), torch.cat(counts)) for name, totals in found.items()}
 
 
+def features(samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
+    """Vectors of each clip: `[clips, M - 1, D]`, one per latent frame after the first, and `[clips, 1, D']`."""
+    frames = torch.cat([s.frame_features for s in samples])
+    return frames, torch.cat([s.video_features for s in samples])[:, None]
+
+
 def error_by_frame(samples: list[Sample]) -> list[float]:
     """Motion error in px at each latent frame after the first, over all clips."""
     errors = torch.cat([endpoint_error(s.clips.trajectory, s.tracks) for s in samples])
@@ -231,8 +235,7 @@ def measure(samples: list[Sample], truth: list[Sample]) -> dict[str, float]:
     scores = torch.cat([s.looks.flatten() for s in samples])
     error = motion_errors(samples)
     error = error[error.isfinite()]
-    frames = (torch.cat([s.frame_features.flatten(0, 1) for s in side]) for side in (samples, truth))
-    videos = (torch.cat([s.video_features for s in side]) for side in (samples, truth))
+    frames, videos = zip(features(samples), features(truth), strict=True)
     return {
         "motion_error_px": float(error.mean()),
         "motion_error_px_ci": of_mean(error.tolist()).half,
@@ -242,6 +245,6 @@ def measure(samples: list[Sample], truth: list[Sample]) -> dict[str, float]:
         "foreign": float(torch.cat([s.foreign for s in samples]).double().mean()),
         "smoothness": float(torch.cat([s.smoothness for s in samples]).mean()),
         "aesthetic": float(scores.nanmean()),
-        "frechet": frechet_distance(*frames),
-        "frechet_video": frechet_distance(*videos),
+        "frechet": frechet_distance(*(side.flatten(0, 1) for side in frames)),
+        "frechet_video": frechet_distance(*(side.flatten(0, 1) for side in videos)),
     }

@@ -4,6 +4,7 @@ naming key and fix."""
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 
 from data.draws import Stream, generator
 from data.pairs import read_pairs
-from rewards.aesthetic import tower
+from metrics.features import tower
 from runtime import unused
 from runtime.checkpoint import complete_steps, read_state
 from runtime.identity import BEGUN
@@ -36,10 +37,11 @@ def check(settings: Settings, trains: bool = True) -> None:
         FileNotFoundError: a file or folder that does not exist.
     """
     rl, stages = (groups, minibatches, stochasticity, alarms), (step1, preferences)
-    own = (*(stages if settings.stage is not None else rl if trains else ()), *((precision,) if trains else ()))
+    learning = (*(rl if settings.stage is None else ()), precision) if trains else ()
+    own = stages if settings.stage is not None else ()
     # What is measured was rewarded as its checkpoint says (`config._check_judges`), not as this command line does.
     judges = () if settings.checkpoint is not None and not trains else (trackers, scorers)
-    for rule in (whole, *own, engines, *judges, parts, frames, sizes, clips, run_folder):
+    for rule in (whole, *own, *learning, engines, *judges, parts, frames, sizes, clips, run_folder):
         rule(settings)
 
 
@@ -196,10 +198,15 @@ def scorers(settings: Settings) -> None:
     judge, assets = settings.evaluation.scorer, settings.model.folder
     named = [getattr(term, "model", None) for term in settings.reward.values()] if _rewarded(settings) else []
     require(
-        tower(assets, judge).resolve() not in [tower(assets, m).resolve() for m in named if isinstance(m, str)],
+        not rewards_by(assets, judge, named),
         f"evaluation.scorer={judge} is the model of a reward; the one that evaluates must not be the one that rewards: "
         f"change one, such as evaluation.scorer=aesthetic_eval",
     )
+
+
+def rewards_by(assets: Path, judge: str, models: Iterable[object]) -> bool:
+    """Whether the tower of a judge is among the models of rewards, which are no text where a reward has none."""
+    return tower(assets, judge).resolve() in [tower(assets, m).resolve() for m in models if isinstance(m, str)]
 
 
 def frames(settings: Settings) -> None:

@@ -66,8 +66,9 @@ def read(folders: Sequence[Path]) -> dict[str, dict[str, Any]]:
             raise ValueError(f"{path} was not made by experiments/evaluate.py, or by an older version")
     first = found[names[0]]
     for name, other in found.items():
-        for key in ("names", "tracker", "extractor", "interpolator", "judging_weights"):
-            if key in other and key in first and other[key] != first[key]:  # older evaluations lack the last
+        known = [key for key in ("judging_weights",) if key in first and key in other]  # older evaluations lack them
+        for key in ("names", "tracker", "extractor", "interpolator", *known):
+            if other[key] != first[key]:
                 raise ValueError(f"{names[0]} and {name} were measured with other {key}; they cannot be compared")
         apart = differences(conditions(first), conditions(other))
         if apart:

@@ -92,8 +92,7 @@ def resume(session: Session) -> None:
             f"files back, or start a new run from what was learned: checkpoint={newest}"
         )
     now = clips(session)
-    then = {split: size for split, size in snapshot.counters.get("clips", now).items() if split in now}
-    if found := differences(then, {split: now[split] for split in then}):
+    if found := differences(snapshot.counters.get("clips", now), now):
         raise ValueError(
             f"resume=true: the clips are not those that {newest} was made with ({'; '.join(found)}), so their numbers "
             f"mean others; put the world's files back, or start a new run from what was learned: checkpoint={newest}"

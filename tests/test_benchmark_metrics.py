@@ -158,8 +158,8 @@ def samples() -> list[Sample]:
     visible = batch.visible.clone()
     visible[1, :, 5:], visible[2] = False, False
     seen = torch.ones(3, 1, 9, dtype=torch.bool)
-    judge = Judge(LucasKanade(), Aesthetic(model="aesthetic_eval"), ROOT / "assets" / "tiny", "cpu")
     seen[1, :, 3:] = False
+    judge = Judge(LucasKanade(), Aesthetic(model="aesthetic_eval"), ROOT / "assets" / "tiny", "cpu")
     tracks = Tracks(path.expand(3, 1, 9, 2).clone(), seen, seen.float())
     return [Sample(batch.video, replace(batch, visible=visible), tracks, torch.tensor([False, True, False]), judge)]
 
