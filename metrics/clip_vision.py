@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from metrics.features import check_tower
+
 # CLIP's own normalisation, used where the folder has no preprocessor_config.json.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -33,9 +35,7 @@ class ClipVision(nn.Module):
         super().__init__()
         from transformers import CLIPVisionModelWithProjection
 
-        for name in ("config.json", "model.safetensors"):
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder} holds no {name}; expected a CLIP vision model with projection")
+        check_tower(folder)
         self.model = CLIPVisionModelWithProjection.from_pretrained(folder, use_safetensors=True, local_files_only=True)
         self.model.eval().requires_grad_(False)
         self.size: int = self.model.config.image_size

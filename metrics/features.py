@@ -11,7 +11,10 @@ if TYPE_CHECKING:
 
 
 class FeatureExtractor(Protocol):
-    """Turns videos `[B, 3, T, H, W]` in [-1, 1] into feature vectors."""
+    """Turns videos `[B, 3, T, H, W]` in [-1, 1] into feature vectors.
+
+    One that needs files or packages may have `check(assets)`, which looks for them before anything heavy loads.
+    """
 
     @property
     def name(self) -> str:
@@ -37,6 +40,20 @@ def tower(assets: Path, model: str) -> Path:
     return folder if folder.is_dir() else Path(model)
 
 
+def check_tower(folder: Path) -> None:
+    """Look whether there is a vision tower; loads nothing.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+    """
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{folder} holds no {name}; expected a CLIP vision model with projection: reward.aesthetic.model, "
+                "evaluation.scorer or evaluation.extractor.model"
+            )
+
+
 @dataclass(frozen=True)
 class ClipFeatures:
     """Features of a CLIP vision tower.
@@ -57,6 +74,10 @@ class ClipFeatures:
     def name(self) -> str:
         """The label."""
         return self.label
+
+    def check(self, assets: Path) -> None:
+        """See `check_tower`."""
+        check_tower(tower(assets, self.model))
 
     def prepare(self, assets: Path, device: str) -> None:
         """Load the tower.

@@ -1,6 +1,6 @@
 """Interpolators of the smoothness metric. Each has a name that stands beside every number made with it.
 
-One that needs a package or a file says so in `check()`, which is called before anything heavy loads.
+One that needs a package or a file says so in `check(assets)`, which is called before anything heavy loads.
 """
 
 from __future__ import annotations

@@ -45,8 +45,8 @@ class Scripted:
         """The label and the files' checksums."""
         return f"{self.label}:{self.frames_sha256[:8]}:{self.videos_sha256[:8]}"
 
-    def check(self) -> None:
-        """Look at the files; runs nothing.
+    def check(self, assets: Path) -> None:
+        """Look at the files, which are named whole; runs nothing.
 
         Raises:
             FileNotFoundError: one is missing.
@@ -69,7 +69,7 @@ class Scripted:
         """Check the files and load the networks."""
         import torch
 
-        self.check()
+        self.check(assets)
         files = (Path(path).expanduser() for path in (self.frames_file, self.videos_file))
         loaded = tuple(torch.jit.load(str(path), map_location=device).eval() for path in files)
         object.__setattr__(self, "_networks", (*loaded, device))

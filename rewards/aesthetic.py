@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from metrics.features import tower
+from metrics.features import check_tower, tower
 from rewards.base import RewardContext, RewardTerm, check_weight, finite_samples, latent_frames
 from tracking.weights import read_weights
 
@@ -46,6 +46,15 @@ class Aesthetic:
             raise ValueError(f"reward.aesthetic.frames must be 1 to 4 (a latent frame has 4), got {self.frames}")
         if self.sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", self.sha256):
             raise ValueError(f"the sha256 of an aesthetic head must be 64 hex digits, got {self.sha256}")
+
+    def check(self, assets: Path) -> None:
+        """Look whether tower and head are there; loads nothing.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+        """
+        check_tower(tower(assets, self.model))
+        _check_head(self.head_file(assets))
 
     def prepare(self, context: RewardContext) -> None:
         """Load the network and the head.
@@ -98,11 +107,7 @@ def load_head(path: Path, sha256: str | None = None) -> tuple[Tensor, float]:
     """
     import torch
 
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no aesthetic head at {path}; name a .pth or .safetensors file: reward.aesthetic.head, or of the judge "
-            "+evaluation.scorer_head"
-        )
+    _check_head(path)
     found = hashlib.sha256(path.read_bytes()).hexdigest() if sha256 else ""
     if sha256 and found != sha256.lower():
         raise ValueError(f"{path} has SHA-256 {found}, not {sha256.lower()}; the file is damaged or another one")
@@ -122,3 +127,11 @@ def load_head(path: Path, sha256: str | None = None) -> tuple[Tensor, float]:
         matrix = state[f"{layer}weight"].double()
         w, b = matrix @ w, matrix @ b + state[f"{layer}bias"].double()
     return w[0].float(), float(b[0])
+
+
+def _check_head(path: Path) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no aesthetic head at {path}; name a .pth or .safetensors file: reward.aesthetic.head, or of the judge "
+            "+evaluation.scorer_head"
+        )

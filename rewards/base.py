@@ -49,7 +49,10 @@ class RewardTerm:
 
 
 class Reward(Protocol):
-    """One thing that is good about a video. A frozen dataclass whose first field is `weight`."""
+    """One thing that is good about a video. A frozen dataclass whose first field is `weight`.
+
+    One that needs files or packages may have `check(assets)`, which looks for them before anything heavy loads.
+    """
 
     @property
     def weight(self) -> float:

@@ -66,6 +66,7 @@ def validate(cfg: DictConfig, experiment: str = "train") -> Plan:
         if experiment in MEASURE:
             _check_judges(settings, saved, config["evaluation"])
     settings.model.check(settings.rollout.frames)
+    rules.parts(settings)
     if hasattr(settings.stage, "teacher"):
         _check_teacher(settings)
     if settings.resume:

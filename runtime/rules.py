@@ -25,7 +25,7 @@ _DRY_FRAMES = 1024
 
 
 def check(settings: Settings, trains: bool = True) -> None:
-    """Apply every rule.
+    """Apply every rule but `parts`.
 
     Args:
         settings: what is asked for.
@@ -41,7 +41,7 @@ def check(settings: Settings, trains: bool = True) -> None:
     own = stages if settings.stage is not None else ()
     # What is measured was rewarded as its checkpoint says (`config._check_judges`), not as this command line does.
     judges = () if settings.checkpoint is not None and not trains else (trackers, scorers)
-    for rule in (whole, *own, *learning, engines, *judges, parts, frames, sizes, clips, run_folder):
+    for rule in (whole, *own, *learning, engines, *judges, frames, sizes, clips, run_folder):
         rule(settings)
 
 
@@ -184,13 +184,19 @@ def trackers(settings: Settings) -> None:
 
 
 def parts(settings: Settings) -> None:
-    """What trackers, extractors and interpolators need is there."""
+    """What trackers, rewards and judges need is there. Some of it may lie in the model's folder: look for that first.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a package is missing, or a file is another one.
+    """
     judges = settings.evaluation
-    head = judges.scorer_head
-    require(head is None or Path(head).expanduser().is_file(), f"evaluation.scorer_head={head} is no file")
-    for part in (settings.tracker, judges.tracker, judges.extractor, judges.interpolator):
-        if hasattr(part, "check"):  # needs a package or files
-            part.check()
+    for tracker in (settings.tracker, judges.tracker):
+        if hasattr(tracker, "check"):
+            tracker.check()
+    for part in (*settings.reward.values(), judges.looks, judges.extractor, judges.interpolator):
+        if hasattr(part, "check"):
+            part.check(settings.model.folder)
 
 
 def scorers(settings: Settings) -> None:

@@ -26,7 +26,6 @@ from policies.adapters import ReferencePolicy
 from policies.causality import Causality
 from policies.ema import EMA
 from policies.sampler import sample_rollout
-from rewards.aesthetic import Aesthetic
 from rewards.base import RewardContext
 from rewards.composite import Composite, metrics_of
 from runtime import checkpoint, guard, state
@@ -84,8 +83,7 @@ class Session:
             lambda actor, args, state: self._report(int(args[0]["frame"][0]), settings.rollout.frames)
         )
         e = settings.evaluation
-        scorer = Aesthetic(model=e.scorer, head=e.scorer_head, sha256=e.scorer_sha256)
-        self.judge = Judge(e.tracker, scorer, settings.model.folder, self.device, e.extractor, e.interpolator)
+        self.judge = Judge(e.tracker, e.looks, settings.model.folder, self.device, e.extractor, e.interpolator)
         clips = fixed_clips(settings.world, e.split, e.clips)
         self.truth = [follow(batch.video, batch, self.judge) for batch in clips]
         self._clips: ClipBatch

@@ -12,6 +12,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from rewards.aesthetic import Aesthetic
+
 # A node with `_target_`: the choice of a config group, built by its own class.
 Component = Any
 
@@ -171,6 +173,11 @@ class Evaluation:
         _at_least(self, "evaluation", 1, "batch")
         # A Frechet distance needs a covariance.
         _at_least(self, "evaluation", 2, "clips")
+
+    @property
+    def looks(self) -> Aesthetic:
+        """The judge of looks."""
+        return Aesthetic(model=self.scorer, head=self.scorer_head, sha256=self.scorer_sha256)
 
 
 @dataclass(frozen=True)

@@ -276,7 +276,7 @@ def test_a_head_of_ones_own_judges_and_few_clips_at_a_time_are_measured_alike(
         tmp_path / "head.safetensors",
     )
     own = f"+evaluation.scorer_head={tmp_path / 'head.safetensors'}"
-    with pytest.raises(ValueError, match=r"evaluation\.scorer_head=none.pth is no file"):
+    with pytest.raises(FileNotFoundError, match=r"no aesthetic head at none.pth.*evaluation\.scorer_head"):
         plan(model, tmp_path, "+evaluation.scorer_head=none.pth")
     evaluate.run(plan(model, tmp_path / "own", own, "+evaluation.batch=1"))
     usual, found = (json.loads((f / "evaluation.json").read_text()) for f in (evaluations[0], tmp_path / "own"))

@@ -84,11 +84,10 @@ def test_every_choice_composes_validates_builds_and_is_explained(group: str, cho
     config = composed(group, choice, tmp_path)
     built = schema.build(Settings, config)
     refusal = REFUSED_ALONE.get((group, choice))
-    if refusal is None:
+    refused = pytest.raises((ValueError, FileNotFoundError), match=refusal) if refusal else contextlib.nullcontext()
+    with refused:
         rules.check(built)
-    else:
-        with pytest.raises((ValueError, FileNotFoundError), match=refusal):
-            rules.check(built)
+        rules.parts(built)
 
     explained = {f.key: f.text for f in explain.fields(Settings, config)}
     assert set(explained) == {k for k in flatten(config) if not k.endswith(schema.TARGET)}
@@ -273,11 +272,25 @@ def replace_decay(decay: float) -> Any:
     return dataclasses.replace(checked("optimizer.lr=1e-3").settings.optimizer, decay=decay)
 
 
+@pytest.mark.parametrize(
+    ("override", "missing"),
+    [
+        ("reward.aesthetic.model=nowhere", r"nowhere holds no config\.json.*reward\.aesthetic\.model"),
+        ("evaluation.scorer=nowhere", r"nowhere holds no config\.json.*evaluation\.scorer"),
+        ("reward.aesthetic.head=nowhere.pth", r"no aesthetic head at nowhere\.pth"),
+        ("+evaluation.scorer_head=nowhere.pth", r"no aesthetic head at nowhere\.pth.*evaluation\.scorer_head"),
+    ],
+)
+def test_networks_that_score_and_judge_are_looked_for_before_anything_loads(override: str, missing: str) -> None:
+    with pytest.raises(FileNotFoundError, match=missing):
+        checked("reward=motion+aesthetic", override)
+
+
 def test_an_interpolator_that_lacks_its_file_is_refused_before_anything_loads() -> None:
     class Absent(Linear):
-        def check(self) -> None:
+        def check(self, assets: Path) -> None:
             raise FileNotFoundError("evaluation.interpolator.file: no file at weights.pt")
 
     built = checked().settings
     with pytest.raises(FileNotFoundError, match="no file at weights"):
-        rules.check(dataclasses.replace(built, evaluation=dataclasses.replace(built.evaluation, interpolator=Absent())))
+        rules.parts(dataclasses.replace(built, evaluation=dataclasses.replace(built.evaluation, interpolator=Absent())))
