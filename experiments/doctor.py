@@ -73,7 +73,7 @@ def devices(settings: Settings) -> Iterator[Check]:
     """The device of the config, and what else is here."""
     import torch
 
-    from runtime.session import device_of
+    from runtime.hardware import device_of
 
     cores = f"{torch.get_num_threads()} threads, {size(machine.cpu_memory())} of memory"
     yield Check("CPU", cores)

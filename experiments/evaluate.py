@@ -31,7 +31,7 @@ def run(plan: Plan) -> None:
     from runtime.session import Session
 
     with setup_phase():
-        session = Session(plan.settings, plan.config)
+        session = Session(plan.settings, plan.config, learns=False)
     metrics, samples = session.evaluate()
     truth = measure(session.truth, session.truth)
     if plan.settings.checkpoint is not None:

@@ -17,7 +17,7 @@ def run(plan: Plan) -> None:
     from policies.adapters import merged
     from policies.causal_dit import save
     from runtime import state
-    from runtime.session import device_of
+    from runtime.hardware import device_of
 
     settings = plan.settings
     with setup_phase():

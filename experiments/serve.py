@@ -16,8 +16,8 @@ def run(plan: Plan) -> None:
     from rewards.base import RewardContext
     from rewards.composite import Composite
     from rewards.remote import known_clip
+    from runtime.hardware import device_of
     from runtime.reward_server import application
-    from runtime.session import device_of
 
     settings = plan.settings
     with setup_phase():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -33,10 +32,10 @@ from runtime.alarms import SIGN
 from runtime.episodes import Episodes, fixed_clips
 from runtime.evaluation import Judge, Sample, divergence, follow, measure, sample
 from runtime.guard import NonFinite, Watchdog
+from runtime.hardware import device_of
 from runtime.learner import GAP, Learner
 from runtime.settings import Settings
 from runtime.signals import StopFlag
-from runtime.team import ranks
 
 # Acting and re-scoring are the same computation batched differently: what is left is rounding.
 LARGEST_GAP = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -51,12 +50,15 @@ class Session:
         settings: the experiment.
         config: the same as plain containers.
         stop: asked between steps; see `StopFlag`.
+        learns: whether updates are to come, which may need a copy of the initial policy.
 
     Raises:
         ValueError, FileNotFoundError: models, clips or checkpoint cannot be used; one line.
     """
 
-    def __init__(self, settings: Settings, config: dict[str, Any], stop: StopFlag | None = None) -> None:
+    def __init__(
+        self, settings: Settings, config: dict[str, Any], stop: StopFlag | None = None, learns: bool = True
+    ) -> None:
         self.settings, self.config = settings, config
         self.device = device_of(settings.device)
         self.team = settings.engine.join(self.device)
@@ -73,7 +75,7 @@ class Session:
         settings.engine.shape(networks.transformer)
         self.actor = Actor(networks.transformer, settings.transition, causality)
         self.parameters = [p for p in networks.transformer.parameters() if p.requires_grad]
-        self._make_learner()
+        self._make_learner(learns)
         self.rewards = Composite(terms=settings.reward, **asdict(settings.scoring))
         self.rewards.prepare(RewardContext(self.device, settings.tracker, settings.model.folder))
         self.collector = RolloutCollector(self.actor, self._next_start)
@@ -90,10 +92,10 @@ class Session:
         self.held_video: Tensor | None = None
         self._rollout: TensorDictBase | None = None
 
-    def _make_learner(self) -> None:
+    def _make_learner(self, learns: bool) -> None:
         """Loss, critic, averaged weights and optimizer; a resumed run's state in them."""
         settings, algorithm, network = self.settings, self.settings.algorithm, self.episodes.networks.transformer
-        compares = algorithm.kl_weight > 0 or algorithm.needs_reference
+        compares = learns and (algorithm.kl_weight > 0 or algorithm.needs_reference)
         reference = ReferencePolicy(self.actor, settings.adaptation) if compares else None
         self.loss_module = algorithm.loss_module(self.actor, reference)
         self.critic: nn.Module | None = getattr(self.loss_module, "critic", None)
@@ -332,20 +334,3 @@ class Session:
             rng = generator(Stream.TRAINING, self.settings.seed, self.iteration, 2, epoch)
             blocks = blocks[torch.from_numpy(rng.permutation(len(blocks)))]
         return [part.flatten().to(self.device) for part in blocks.chunk(algorithm.minibatches)]
-
-
-def device_of(name: str) -> str:
-    """The device by its name.
-
-    Raises:
-        ValueError: this machine has no such device.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and ranks() > 1:  # one GPU of this machine for each of its processes
-        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    kind, _, index = name.partition(":")
-    here = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[kind]
-    if int(index or 0) >= here:
-        raise ValueError(f"device={name}: this machine has {here} {kind} devices; use device=auto")
-    return name

@@ -48,7 +48,7 @@ def opened(plan: Plan) -> Iterator[Session]:
         stop = stack.enter_context(StopFlag())
         with setup_phase():
             stack.enter_context(FolderLock.of(plan.settings))
-            session = Session(plan.settings, plan.config, stop)
+            session = Session(plan.settings, plan.config, stop, learns=False)
         try:
             yield session
         except (Stopped, Interrupted) as where:

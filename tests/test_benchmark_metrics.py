@@ -29,6 +29,7 @@ from runtime.benchmark import _quotient, by_clip, intervals
 from runtime.config import CONF, Plan, validate
 from runtime.evaluation import Judge, Sample, measure
 from runtime.models import ROOT
+from runtime.session import Session
 from runtime.side_by_side import read, write
 from tests.moving import asking, line, render
 from tracking.lucas_kanade import LucasKanade
@@ -248,6 +249,17 @@ def test_an_evaluation_tells_every_clip_intervals_and_speed(evaluations: list[Pa
                 assert known["value"] == pytest.approx(found["policy"][name], rel=1e-4, abs=1e-6, nan_ok=True), name
         speed = found["speed"]
         assert 0 < speed["latency_s"] < speed["seconds"] and speed["frames_per_s"] > 0
+
+
+def test_measuring_keeps_no_copy_of_the_policy(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def copied(*_: object) -> None:
+        raise AssertionError("a copy of the policy")
+
+    monkeypatch.setattr("runtime.session.ReferencePolicy", copied)
+    compares = plan(model, tmp_path, "algorithm.kl_weight=0.1", "evaluation.clips=2")
+    with pytest.raises(AssertionError, match="a copy"):
+        Session(compares.settings, compares.config)
+    evaluate.run(compares)
 
 
 def test_an_interpolator_of_ones_own_is_named_in_the_evaluation(
