@@ -46,7 +46,7 @@ REFUSED_ALONE = {
 }
 PRIMARY = {"smoke_finetune": "finetune", "smoke_distill": "distill"}  # choices that are for one experiment
 
-fast = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+fast = settings(max_examples=60, suppress_health_check=list(HealthCheck))
 
 
 pytestmark = pytest.mark.usefixtures("hydra_tree")
@@ -145,7 +145,7 @@ def test_a_value_arrives_as_given_or_is_refused_in_one_line(data: st.DataObject)
         assert arrived == value and isinstance(arrived, bool) == isinstance(value, bool)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     st.sampled_from(
         ["updates", "rollout.frames", "reward.motion.alpha", "schedule.scope", "nosuch", "optimizer", "world"]

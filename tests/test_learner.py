@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.learner import pieces_of
 from runtime.team import Team
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_every_row_counts_once_and_no_part_is_larger_than_planned(data: st.DataObject) -> None:
     block, ranks, parts = (data.draw(st.integers(1, 4)) for _ in range(3))

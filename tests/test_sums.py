@@ -31,7 +31,7 @@ sums = st.lists(
 )
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(sums)
 def test_a_sum_is_its_terms_with_their_weights(terms: list[tuple[str, float | None]]) -> None:
     text = "+".join(name if weight is None else f"{weight}*{name}" for name, weight in terms)

@@ -143,7 +143,7 @@ class TestTransforms:
         t = replace(sample(1, 2), xy=torch.tensor([[[-0.5, -0.5], [63.5, 47.5]]]))
         assert resize(t, 24, 16).xy.tolist() == [[[-0.5, -0.5], [15.5, 23.5]]]
 
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40)
     @given(st.integers(16, 60), st.integers(16, 60), st.sampled_from([(32, 32), (24, 40), (40, 24)]))
     def test_bucket_moves_points_as_it_moves_pixels(self, height: int, width: int, bucket: tuple[int, int]) -> None:
         """An image of its own coordinates, cropped and resized, holds the transformed coordinates."""
