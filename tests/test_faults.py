@@ -128,7 +128,8 @@ def test_draws_and_clips_do_not_depend_on_the_number_of_processes(model: Path, t
 def test_deepspeed_computes_in_bf16_what_the_plain_engine_does(model: Path, tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
     options = [*trials.RUN, "updates=1", "engine.precision=bf16"]
-    together(1, train, model, tmp_path / "plain", *options)
+    # Both in two processes: in bfloat16 another cut of a mini-batch is another rounding.
+    together(2, train, model, tmp_path / "plain", *options)
     together(2, train, model, tmp_path / "zero", *options, "engine=deepspeed_z2")
     assert update_trials.distance(tmp_path / "zero", tmp_path / "plain", 1) < 1e-5
     saved = checkpoint.load(tmp_path / "zero" / "checkpoints" / "step_000001").tensors["weights"]
