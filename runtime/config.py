@@ -66,7 +66,7 @@ def validate(cfg: DictConfig, experiment: str = "train") -> Plan:
         if experiment in MEASURE:
             _check_judges(settings, saved, config["evaluation"])
     settings.model.check(settings.rollout.frames)
-    rules.parts(settings)
+    rules.parts(settings, experiment)
     if hasattr(settings.stage, "teacher"):
         _check_teacher(settings)
     if settings.resume:

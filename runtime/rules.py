@@ -183,8 +183,12 @@ def trackers(settings: Settings) -> None:
     )
 
 
-def parts(settings: Settings) -> None:
+def parts(settings: Settings, experiment: str = "train") -> None:
     """What trackers, rewards and judges need is there. Some of it may lie in the model's folder: look for that first.
+
+    Args:
+        settings: what is asked for.
+        experiment: `export` loads neither rewards nor the judge of looks, `serve` rewards alone, all others both.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -194,7 +198,9 @@ def parts(settings: Settings) -> None:
     for tracker in (settings.tracker, judges.tracker):
         if hasattr(tracker, "check"):
             tracker.check()
-    for part in (*settings.reward.values(), judges.looks, judges.extractor, judges.interpolator):
+    rewards = settings.reward.values() if experiment != "export" else ()
+    looks = (judges.looks,) if experiment not in ("export", "serve") else ()
+    for part in (*rewards, *looks, judges.extractor, judges.interpolator):
         if hasattr(part, "check"):
             part.check(settings.model.folder)
 

@@ -286,6 +286,18 @@ def test_networks_that_score_and_judge_are_looked_for_before_anything_loads(over
         checked("reward=motion+aesthetic", override)
 
 
+@pytest.mark.parametrize(("experiment", "needed"), [("export", ""), ("serve", "reward"), ("evaluate", "judge")])
+def test_networks_are_looked_for_where_they_are_loaded(experiment: str, needed: str) -> None:
+    rewarded, judged = "reward.aesthetic.model=nowhere", "evaluation.scorer=nothing"
+    for override, roles in ((rewarded, ("reward", "judge")), (judged, ("judge",))):
+        config = compose(experiment, ["reward=motion+aesthetic", override])
+        missing = (
+            pytest.raises(FileNotFoundError, match="holds no config") if needed in roles else contextlib.nullcontext()
+        )
+        with missing:
+            validate(config, experiment)
+
+
 def test_an_interpolator_that_lacks_its_file_is_refused_before_anything_loads() -> None:
     class Absent(Linear):
         def check(self, assets: Path) -> None:

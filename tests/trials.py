@@ -215,8 +215,8 @@ def _compiling(model: Path, run_dir: Path, *overrides: str) -> None:
     os.environ |= {"TORCHINDUCTOR_CACHE_DIR": str(run_dir / "compiled"), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     made = Session._make_learner
 
-    def compiled(self: Session) -> None:
-        made(self)
+    def compiled(self: Session, learns: bool) -> None:
+        made(self, learns)
         for block in self.episodes.networks.transformer.blocks:
             block.compile()
 
