@@ -328,8 +328,7 @@ class Session:
 
     def _minibatches(self, epoch: int) -> list[Tensor]:
         r, algorithm = self.settings.rollout, self.settings.algorithm
-        size = r.group_size if algorithm.whole_groups else 1
-        blocks = torch.arange(r.prompts * r.group_size).view(-1, size)
+        blocks = torch.arange(r.prompts * r.group_size).view(-1, self.learner.block)
         if algorithm.minibatches > 1:
             rng = generator(Stream.TRAINING, self.settings.seed, self.iteration, 2, epoch)
             blocks = blocks[torch.from_numpy(rng.permutation(len(blocks)))]
